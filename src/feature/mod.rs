@@ -1,0 +1,3 @@
+//! Raw fields to ids and numbers.
+pub mod encode;
+pub mod schema;

@@ -1,0 +1,1 @@
+//! Every metric by name, with its unit: one function per event.
