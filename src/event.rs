@@ -130,6 +130,8 @@ pub struct Record {
     pub text_len: u32,
     /// Fingerprint of the raw record *before* the one at `offset` ([`crate::position::Fingerprint`]).
     pub before: u32,
+    /// Digest of the encoded record, independent of where it lay; breaks ties in the order. Set by [`Chunk::seal`].
+    pub content: u64,
     pub kind: Kind,
 }
 
@@ -158,6 +160,27 @@ impl Chunk {
         self.bytes = 0;
     }
 
+    /// Sets [`Record::content`] of every record, once the chunk is complete.
+    pub fn seal(&mut self) {
+        let (slots, text) = (&self.slots, &self.text);
+        for record in &mut self.records {
+            let mut digest = fold(record.event_time.0 as u64, u64::from(record.weight.to_bits()));
+            match record.kind {
+                Kind::Rejected => {
+                    let raw = &text[record.text_start as usize..][..record.text_len as usize];
+                    digest = fold(digest, xxhash_rust::xxh3::xxh3_64(raw));
+                }
+                Kind::Labelled { positive } => digest = fold(digest, 2 + u64::from(positive)),
+                Kind::Impression | Kind::Click | Kind::Heartbeat => {}
+            }
+            for slot in &slots[record.slots_start as usize..][..record.slots_len as usize] {
+                let rest = u64::from(slot.value.to_bits()) << 32 | u64::from(slot.feature) << 16 | u64::from(slot.flags);
+                digest = fold(digest ^ slot.row, rest);
+            }
+            record.content = digest;
+        }
+    }
+
     #[must_use]
     pub fn slots_of(&self, record: &Record) -> &[Slot] {
         &self.slots[record.slots_start as usize..][..record.slots_len as usize]
@@ -175,6 +198,12 @@ impl Chunk {
             .binary_search_by_key(&(index as u32), |(at, _)| *at)
             .map_or("", |found| self.rejects[found].1.as_str())
     }
+}
+
+/// Mixes `b` into `a` by a folded 64 x 64 -> 128 bit product, as wyhash does.
+fn fold(a: u64, b: u64) -> u64 {
+    let product = u128::from(a ^ 0x9E37_79B9_7F4A_7C15) * u128::from(b ^ 0xE703_7ED1_A0B4_28DB);
+    (product as u64) ^ ((product >> 64) as u64)
 }
 
 /// One labelled example on its way into the model: what the core hands to batch, model and metrics.

@@ -1,3 +1,5 @@
-//! train
-pub mod progressive;
+//! Score, learn, measure, checkpoint.
 pub mod checkpoint;
+pub mod core;
+pub mod image;
+pub mod progressive;

@@ -1,0 +1,820 @@
+//! The ordered merge: what may be released, and what has to be read before more may.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use serde::{Deserialize, Serialize};
+
+use super::reorder::Reorder;
+use super::watermark::{Bounds, Placing, Watermark};
+use crate::event::{Chunk, Kind, Record, Stream, Time};
+use crate::position::NextOffset;
+
+/// A record's place in the total order. Position comes last: while nothing is late, the layout does not matter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Key {
+    pub time: Time,
+    pub stream: Stream,
+    pub id: u64,
+    pub content: u64,
+    pub partition: u32,
+    pub offset: u64,
+    pub row: u32,
+}
+
+/// Rules of one stream.
+#[derive(Clone, Copy, Debug)]
+pub struct StreamRules {
+    pub bounds: Bounds,
+    /// A caught-up partition that is silent for this long (ms of wall time) is no longer awaited; `None`: for ever awaited.
+    pub idle_after: Option<i64>,
+    /// A partition whose watermark is this far (ms) behind the furthest of its stream is no longer awaited.
+    pub max_lag: Option<i64>,
+}
+
+/// Rules of the merge.
+#[derive(Clone, Copy, Debug)]
+pub struct Rules {
+    pub impressions: StreamRules,
+    pub clicks: StreamRules,
+    /// Attribution window, ms. Only meaningful where there are click partitions.
+    pub window: i64,
+    /// Impressions at or after this time are not released; the merge ends there.
+    pub until: Option<Time>,
+    /// After this much silence (ms of wall time) of the whole click stream, it is no longer awaited; `None`: for ever.
+    pub quiet_after: Option<i64>,
+}
+
+/// What the runtime decided about one record, and a replay must decide again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "snake_case")]
+pub enum Decision {
+    /// Came when its stream had already passed its place: it and its partition's watermark were moved to this time.
+    Overtaken(Time),
+    /// Its event time was too far past the clock at reading.
+    Rejected,
+}
+
+/// One decision of the runtime, with the record it is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JournalEntry {
+    pub partition: u32,
+    pub offset: u64,
+    pub row: u32,
+    pub decision: Decision,
+    /// The place the record took, so that a reader knows which entries lie before a frontier.
+    pub time: Time,
+}
+
+/// A click as the merge and the join keep it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Click {
+    pub time: Time,
+    pub id: u64,
+    pub content: u64,
+    pub partition: u32,
+    pub offset: u64,
+    pub row: u32,
+    pub event_time: Time,
+    /// Not a usable click; only counted when its place is passed.
+    pub rejected: bool,
+    pub late: bool,
+}
+
+/// A released impression; its data is reached through [`Merge::record`] until the next call of [`Merge::next`].
+#[derive(Clone, Copy, Debug)]
+pub struct Released {
+    pub key: Key,
+    pub late: bool,
+    pub rejected: bool,
+    /// The click log ended before this impression's window did.
+    pub cut: bool,
+    chunk: u64,
+    index: u32,
+}
+
+/// Why nothing can be released just now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WaitReason {
+    /// More impressions must be read.
+    Impressions,
+    /// More clicks must be read.
+    Clicks,
+    /// All click partitions are idle, and the click stream as a whole is always awaited.
+    ClickSilence,
+    /// Nothing is known to be there at all.
+    Idle,
+}
+
+/// Whether an impression can be released.
+#[derive(Clone, Copy, Debug)]
+pub enum Ready {
+    /// The next impression lies at `time` in partition `from`; `cut`: the click log ended before its window did.
+    Impression { from: usize, time: Time, cut: bool },
+    /// Not yet; reading partition `on` brings the release closest, if anything does.
+    Wait { on: Option<usize>, why: WaitReason },
+    /// Bounded input: all that was to be released has been.
+    End,
+}
+
+/// What the merge says when asked for the next record.
+#[derive(Clone, Copy, Debug)]
+pub enum Step {
+    Click(Click),
+    Impression(Released),
+    /// Nothing yet; reading partition `on` brings the release closest, if anything does.
+    Wait { on: Option<usize>, why: WaitReason },
+    /// Bounded input: all that was to be released has been.
+    End,
+}
+
+/// Where a partition stood, for a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PartitionPosition {
+    pub name: String,
+    pub stream: Stream,
+    /// Where to read on. Impressions: the chunk that holds the first unreleased record. Clicks: the read point.
+    pub from: NextOffset,
+    /// The watermark before `from`.
+    pub watermark: Time,
+    /// First offset never read. Records from `from` to here with a key at or before the frontier are skipped.
+    pub read: NextOffset,
+}
+
+/// An impression that was read and not yet released.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Pending {
+    time: Time,
+    id: u64,
+    content: u64,
+    offset: u64,
+    row: u32,
+    index: u32,
+    chunk: u64,
+    late: bool,
+    rejected: bool,
+}
+
+/// A chunk with records that were not yet released.
+#[derive(Debug)]
+pub struct Held {
+    chunk: Box<Chunk>,
+    start: NextOffset,
+    /// The watermark before the chunk's first record.
+    watermark: Time,
+    left: u32,
+}
+
+#[derive(Debug)]
+enum Queue {
+    Impressions { pending: Reorder<Pending>, held: VecDeque<Held>, first_held: u64 },
+    Clicks(Reorder<Click>),
+}
+
+#[derive(Debug)]
+struct Partition {
+    name: String,
+    stream: Stream,
+    watermark: Watermark,
+    queue: Queue,
+    read: NextOffset,
+    /// Before this offset everything was read by an earlier run: nothing there is overtaken or rejected anew.
+    known: NextOffset,
+    /// Journal entries of this partition at or after `from`, by (offset, row).
+    decided: BTreeMap<(u64, u32), (Option<Time>, bool)>,
+    caught_up: Option<Time>,
+    idle: bool,
+    left_behind: bool,
+    ended: bool,
+    /// The watermark that the records alone gave, kept when the end lifts `watermark` to the end of time.
+    real: Time,
+}
+
+impl Partition {
+    fn awaited(&self) -> bool {
+        !self.idle && !self.left_behind
+    }
+
+    fn head_time(&self) -> Option<(Time, u64, u64)> {
+        match &self.queue {
+            Queue::Impressions { pending, .. } => pending.peek().map(|p| (p.time, p.id, p.content)),
+            Queue::Clicks(clicks) => clicks.peek().map(|c| (c.time, c.id, c.content)),
+        }
+    }
+}
+
+/// How far release may go, given what has been read.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    /// Impressions strictly before this time may go, as far as impressions are concerned.
+    impressions: Time,
+    /// An impression may go if its time plus the window is strictly before this.
+    clicks: Time,
+}
+
+/// The ordered merge of all partitions. See the module's documentation.
+#[derive(Debug)]
+pub struct Merge {
+    rules: Rules,
+    partitions: Vec<Partition>,
+    frontier: Option<Key>,
+    /// The frontier this run started from: re-read records at or before it are skipped.
+    resumed: Option<Key>,
+    journal: Vec<JournalEntry>,
+    limits: Limits,
+    /// (partition, time) of the smallest click, if any is queued.
+    next_click: Option<(usize, Time)>,
+    /// (partition, time) of the smallest impression, if any is pending.
+    next_impression: Option<(usize, Time)>,
+    last: Option<Released>,
+    recycled: Vec<Box<Chunk>>,
+    quiet: bool,
+    /// Records rejected here rather than by the decoder: what the runtime decided. Drained by the caller.
+    rejected: Vec<(u32, u64, u32, String)>,
+    counts: ReadCounts,
+}
+
+/// What was read, as opposed to what was released: differs between runs, as reading ahead does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ReadCounts {
+    pub impressions_read: u64,
+    pub impressions_skipped: u64,
+    pub clicks_read: u64,
+    pub clicks_skipped: u64,
+    pub heartbeats: u64,
+    pub overtaken: u64,
+}
+
+/// The next full second after `time`: what an overtaken record takes as its place.
+fn next_second(time: Time) -> Time {
+    if time == Time::MIN { Time(0) } else { Time((time.0.div_euclid(1000) + 1) * 1000) }
+}
+
+impl Merge {
+    #[must_use]
+    pub fn new(rules: Rules) -> Self {
+        Self {
+            rules,
+            partitions: Vec::new(),
+            frontier: None,
+            resumed: None,
+            journal: Vec::new(),
+            limits: Limits { impressions: Time::MIN, clicks: Time::MIN },
+            next_click: None,
+            next_impression: None,
+            last: None,
+            recycled: Vec::new(),
+            quiet: false,
+            rejected: Vec::new(),
+            counts: ReadCounts::default(),
+        }
+    }
+
+    /// Takes up where a checkpoint ended. Partitions are added afterwards, those of the checkpoint first and in its order.
+    pub fn resume(&mut self, frontier: Option<Key>, journal: Vec<JournalEntry>) {
+        self.frontier = frontier;
+        self.resumed = frontier;
+        self.journal = journal;
+    }
+
+    /// Adds a partition that nothing was read of; it is awaited from now on. Returns its index.
+    pub fn add_partition(&mut self, name: &str, stream: Stream) -> usize {
+        let start = PartitionPosition {
+            name: name.to_owned(),
+            stream,
+            from: NextOffset::default(),
+            watermark: Time::MIN,
+            read: NextOffset::default(),
+        };
+        self.add_resumed(&start, std::iter::empty())
+    }
+
+    /// Adds a partition at the position of a checkpoint. `clicks` are its clicks that were read and not yet passed.
+    pub fn add_resumed(&mut self, at: &PartitionPosition, clicks: impl Iterator<Item = Click>) -> usize {
+        let index = self.partitions.len();
+        let mut decided: BTreeMap<(u64, u32), (Option<Time>, bool)> = BTreeMap::new();
+        let mine = |entry: &&JournalEntry| entry.partition as usize == index && entry.offset >= at.from.offset;
+        for entry in self.journal.iter().filter(mine) {
+            let known = decided.entry((entry.offset, entry.row)).or_default();
+            match entry.decision {
+                Decision::Overtaken(w) => known.0 = Some(w),
+                Decision::Rejected => known.1 = true,
+            }
+        }
+        let queue = match at.stream {
+            Stream::Impressions => {
+                Queue::Impressions { pending: Reorder::default(), held: VecDeque::new(), first_held: 0 }
+            }
+            Stream::Clicks => {
+                let mut waiting = Reorder::default();
+                clicks.for_each(|click| waiting.push(Click { partition: index as u32, ..click }));
+                Queue::Clicks(waiting)
+            }
+        };
+        self.partitions.push(Partition {
+            name: at.name.clone(),
+            stream: at.stream,
+            watermark: Watermark(at.watermark),
+            queue,
+            read: at.from,
+            known: at.read,
+            decided,
+            caught_up: None,
+            idle: false,
+            left_behind: false,
+            ended: false,
+            real: at.watermark,
+        });
+        self.refresh();
+        index
+    }
+
+    #[must_use]
+    pub fn frontier(&self) -> Option<Key> {
+        self.frontier
+    }
+
+    #[must_use]
+    pub fn counts(&self) -> ReadCounts {
+        self.counts
+    }
+
+    #[must_use]
+    pub fn journal(&self) -> &[JournalEntry] {
+        &self.journal
+    }
+
+    #[must_use]
+    pub fn name(&self, partition: usize) -> &str {
+        &self.partitions[partition].name
+    }
+
+    /// Impressions read and not yet released.
+    #[must_use]
+    pub fn pending(&self) -> usize {
+        let of = |p: &Partition| match &p.queue {
+            Queue::Impressions { pending, .. } => pending.len(),
+            Queue::Clicks(_) => 0,
+        };
+        self.partitions.iter().map(of).sum()
+    }
+
+    /// Clicks read and not yet passed.
+    #[must_use]
+    pub fn clicks_ahead(&self) -> usize {
+        let of = |p: &Partition| match &p.queue {
+            Queue::Impressions { .. } => 0,
+            Queue::Clicks(clicks) => clicks.len(),
+        };
+        self.partitions.iter().map(of).sum()
+    }
+
+    /// Local watermark of a partition, as its records alone give it.
+    #[must_use]
+    pub fn watermark(&self, partition: usize) -> Time {
+        self.partitions[partition].real
+    }
+
+    /// Records that the runtime itself rejected since the last call: (partition, offset, row, reason).
+    pub fn take_rejected(&mut self) -> Vec<(u32, u64, u32, String)> {
+        std::mem::take(&mut self.rejected)
+    }
+
+    /// A chunk that is no longer needed, to be filled anew.
+    pub fn take_recycled(&mut self) -> Option<Box<Chunk>> {
+        self.recycled.pop()
+    }
+
+    /// How far a stream has been passed: a record never read before whose time is not after this is overtaken.
+    fn passed(&self, stream: Stream) -> Option<Time> {
+        let frontier = self.frontier?.time;
+        Some(match stream {
+            Stream::Impressions => frontier,
+            Stream::Clicks => frontier.plus(self.rules.window),
+        })
+    }
+
+    /// Takes the next records of a partition. `now` is the clock at reading, which only ever rejects records that carry
+    /// no log time; what it rejects is journaled.
+    pub fn offer(&mut self, partition: usize, chunk: Box<Chunk>, now: Time) {
+        let passed = self.passed(self.partitions[partition].stream);
+        let resumed = self.resumed;
+        let p = &mut self.partitions[partition];
+        let stream = p.stream;
+        let bounds = match stream {
+            Stream::Impressions => self.rules.impressions.bounds,
+            Stream::Clicks => self.rules.clicks.bounds,
+        };
+        (p.idle, p.caught_up) = (false, None);
+        let (start, start_watermark) = (p.read, p.watermark.0);
+        let mut kept = 0_u32;
+        let sequence = match &p.queue {
+            Queue::Impressions { held, first_held, .. } => first_held + held.len() as u64,
+            Queue::Clicks(_) => 0,
+        };
+        let mut skipped = 0;
+        for (index, record) in chunk.records.iter().enumerate() {
+            let known = record.offset < p.known.offset;
+            let mut rejected = record.kind == Kind::Rejected;
+            let decided =
+                if p.decided.is_empty() { None } else { p.decided.get(&(record.offset, record.row)).copied() };
+            if let Some((Some(w), _)) = decided {
+                p.watermark.lift(w);
+            }
+            let log = (record.log_time != Time::MIN).then_some(record.log_time);
+            let by_clock = match decided {
+                Some((_, rejected)) => rejected,
+                None => !known && !rejected && log.is_none() && record.event_time > now.plus(bounds.ahead),
+            };
+            let (mut time, mut late) = if rejected || by_clock {
+                rejected = true;
+                (p.watermark.0, false)
+            } else {
+                match p.watermark.place(record.event_time, log, bounds) {
+                    Placing::Accepted { time, late } => (time, late),
+                    Placing::Ahead { time } => {
+                        rejected = true;
+                        let by = record.event_time.0 - record.log_time.0;
+                        self.rejected.push((partition as u32, record.offset, record.row, ahead_of("log time", by, bounds)));
+                        (time, false)
+                    }
+                }
+            };
+            late |= matches!(decided, Some((Some(_), _)));
+            if !known && decided.is_none() {
+                if let Some(passed) = passed.filter(|passed| time <= *passed) {
+                    let w = next_second(passed);
+                    p.watermark.lift(w);
+                    (time, late) = (p.watermark.0, !rejected);
+                    self.counts.overtaken += 1;
+                    self.journal.push(JournalEntry {
+                        partition: partition as u32,
+                        offset: record.offset,
+                        row: record.row,
+                        decision: Decision::Overtaken(w),
+                        time,
+                    });
+                }
+                if by_clock {
+                    let by = record.event_time.0.saturating_sub(now.0);
+                    self.rejected.push((partition as u32, record.offset, record.row, ahead_of("clock", by, bounds)));
+                    self.journal.push(JournalEntry {
+                        partition: partition as u32,
+                        offset: record.offset,
+                        row: record.row,
+                        decision: Decision::Rejected,
+                        time,
+                    });
+                }
+            }
+            match &mut p.queue {
+                Queue::Impressions { pending, .. } => {
+                    let entry = Pending {
+                        time,
+                        id: record.id,
+                        content: record.content,
+                        offset: record.offset,
+                        row: record.row,
+                        index: index as u32,
+                        chunk: sequence,
+                        late,
+                        rejected,
+                    };
+                    if known && resumed.is_some_and(|frontier| key_of(&entry, partition) <= frontier) {
+                        skipped += 1;
+                        continue;
+                    }
+                    pending.push(entry);
+                    kept += 1;
+                }
+                Queue::Clicks(clicks) => {
+                    if known {
+                        skipped += 1; // the checkpoint holds all clicks before its read point
+                    } else if record.kind == Kind::Heartbeat {
+                        self.counts.heartbeats += 1;
+                    } else {
+                        clicks.push(Click {
+                            time,
+                            id: record.id,
+                            content: record.content,
+                            partition: partition as u32,
+                            offset: record.offset,
+                            row: record.row,
+                            event_time: record.event_time,
+                            rejected,
+                            late,
+                        });
+                    }
+                }
+            }
+        }
+        p.read = chunk.next;
+        p.real = p.watermark.0;
+        let read = chunk.records.len() as u64;
+        match &mut p.queue {
+            Queue::Impressions { held, .. } if kept > 0 => {
+                held.push_back(Held { chunk, start, watermark: start_watermark, left: kept });
+            }
+            _ => self.recycled.push(chunk),
+        }
+        match stream {
+            Stream::Impressions => {
+                self.counts.impressions_read += read;
+                self.counts.impressions_skipped += skipped;
+            }
+            Stream::Clicks => {
+                self.counts.clicks_read += read;
+                self.counts.clicks_skipped += skipped;
+            }
+        }
+        self.refresh();
+    }
+
+    /// All that the partition has was offered, and its end was confirmed after that, at `now`.
+    pub fn caught_up(&mut self, partition: usize, now: Time) {
+        self.partitions[partition].caught_up = Some(now);
+    }
+
+    /// Bounded input: the partition's end has been reached.
+    pub fn ended(&mut self, partition: usize) {
+        self.partitions[partition].ended = true;
+        self.partitions[partition].watermark.lift(Time::MAX);
+        self.refresh();
+    }
+
+    /// Lets silence count: idle and left-behind partitions are no longer awaited. Call when nothing can be released.
+    pub fn tick(&mut self, now: Time) {
+        let ahead = |stream| self.partitions.iter().filter(|p| p.stream == stream).map(|p| p.real).max();
+        let furthest = [ahead(Stream::Impressions), ahead(Stream::Clicks)];
+        let mut quiet = self.rules.quiet_after.is_some();
+        for p in &mut self.partitions {
+            let rules = match p.stream {
+                Stream::Impressions => self.rules.impressions,
+                Stream::Clicks => self.rules.clicks,
+            };
+            let silent = p.caught_up.map(|since| now.0 - since.0);
+            p.idle = !p.ended && rules.idle_after.zip(silent).is_some_and(|(after, silent)| silent >= after);
+            p.left_behind = !p.ended
+                && rules.max_lag.zip(furthest[p.stream as usize]).is_some_and(|(lag, head)| p.real < head.minus(lag));
+            if p.stream == Stream::Clicks {
+                quiet &= p.ended || self.rules.quiet_after.zip(silent).is_some_and(|(after, silent)| silent >= after);
+            }
+        }
+        self.quiet = quiet;
+        self.refresh();
+    }
+
+    /// Recomputes what follows from the partitions. Called when one of them changed, not per record.
+    fn refresh(&mut self) {
+        let mut limits = Limits { impressions: Time::MAX, clicks: Time::MAX };
+        let mut any_click = None;
+        for p in &self.partitions {
+            match p.stream {
+                Stream::Impressions if p.awaited() => limits.impressions = limits.impressions.min(p.watermark.0),
+                Stream::Clicks => {
+                    any_click = any_click.max(Some(p.watermark.0));
+                    if p.awaited() {
+                        limits.clicks = limits.clicks.min(p.watermark.0);
+                    }
+                }
+                Stream::Impressions => {}
+            }
+        }
+        if self.quiet {
+            limits.clicks = Time::MAX;
+        } else if let Some(furthest) = any_click {
+            // The click stream as a whole is always awaited: one partition must itself have gone past the window.
+            limits.clicks = limits.clicks.min(furthest);
+        }
+        self.limits = limits;
+        self.next_click = self.smallest(Stream::Clicks);
+        self.next_impression = self.smallest(Stream::Impressions);
+    }
+
+    fn smallest(&self, stream: Stream) -> Option<(usize, Time)> {
+        let heads = self.partitions.iter().enumerate().filter(|(_, p)| p.stream == stream);
+        heads.filter_map(|(index, p)| Some((p.head_time()?, index))).min().map(|((time, ..), index)| (index, time))
+    }
+
+    /// Whether an impression can be released now. Changes nothing.
+    pub fn ready(&self) -> Ready {
+        let until = self.rules.until.unwrap_or(Time::MAX);
+        let Some((from, time)) = self.next_impression.filter(|&(_, time)| time < until) else {
+            return if self.limits.impressions >= until { self.end_or_idle() } else { self.wait(until, false) };
+        };
+        let close = time.plus(self.rules.window);
+        if time >= self.limits.impressions || close >= self.limits.clicks {
+            return self.wait(time, true);
+        }
+        Ready::Impression { from, time, cut: self.click_log_end().is_some_and(|end| close >= end) }
+    }
+
+    /// The next record of the order, or what is missing for it.
+    pub fn next(&mut self) -> Step {
+        self.let_go();
+        let (from, time, cut) = match self.ready() {
+            Ready::Impression { from, time, cut } => (from, time, cut),
+            Ready::Wait { on, why } => return Step::Wait { on, why },
+            Ready::End => return Step::End,
+        };
+        let close = time.plus(self.rules.window);
+        if let Some((partition, _)) = self.next_click.filter(|&(_, click)| click <= close) {
+            let Queue::Clicks(clicks) = &mut self.partitions[partition].queue else { unreachable!("a click partition") };
+            let click = clicks.pop().expect("its head was just seen");
+            self.next_click = self.smallest(Stream::Clicks);
+            return Step::Click(click);
+        }
+        let Queue::Impressions { pending, .. } = &mut self.partitions[from].queue else {
+            unreachable!("an impression partition")
+        };
+        let next = pending.pop().expect("its head was just seen");
+        let key = key_of(&next, from);
+        let released =
+            Released { key, late: next.late, rejected: next.rejected, cut, chunk: next.chunk, index: next.index };
+        self.frontier = Some(key);
+        self.last = Some(released);
+        self.next_impression = self.smallest(Stream::Impressions);
+        Step::Impression(released)
+    }
+
+    /// Where the click log ends, if all of it has ended: windows that reach this time are cut.
+    fn click_log_end(&self) -> Option<Time> {
+        if self.limits.clicks != Time::MAX {
+            return None;
+        }
+        let mut end = None;
+        for p in self.partitions.iter().filter(|p| p.stream == Stream::Clicks) {
+            if !p.ended {
+                return None;
+            }
+            end = end.max(Some(p.real));
+        }
+        end
+    }
+
+    fn end_or_idle(&self) -> Ready {
+        let mut impressions = self.partitions.iter().filter(|p| p.stream == Stream::Impressions);
+        let reached = |until| self.partitions.iter().any(|p| p.stream == Stream::Impressions && p.real >= until);
+        if impressions.all(|p| p.ended) || self.rules.until.is_some_and(reached) {
+            Ready::End
+        } else {
+            Ready::Wait { on: None, why: WaitReason::Idle }
+        }
+    }
+
+    /// Says which awaited partition is furthest behind what the release of an impression at `time` needs. Without a
+    /// `candidate` clicks are not needed yet.
+    fn wait(&self, time: Time, candidate: bool) -> Ready {
+        let behind = |stream, need: Time| {
+            let awaited = self.partitions.iter().enumerate();
+            let awaited = awaited.filter(move |(_, p)| p.stream == stream && p.awaited() && !p.ended && p.watermark.0 <= need);
+            awaited.map(|(index, p)| (p.watermark.0, index)).min()
+        };
+        if let Some((watermark, index)) = behind(Stream::Impressions, time) {
+            let clicks = behind(Stream::Clicks, time.plus(self.rules.window));
+            // Both may be behind; the one that lacks more goes first, counted from its own need.
+            return match clicks.filter(|_| candidate) {
+                Some((click, at)) if click.minus(self.rules.window) < watermark => {
+                    Ready::Wait { on: Some(at), why: WaitReason::Clicks }
+                }
+                _ => Ready::Wait { on: Some(index), why: WaitReason::Impressions },
+            };
+        }
+        match behind(Stream::Clicks, time.plus(self.rules.window)) {
+            Some((_, index)) => Ready::Wait { on: Some(index), why: WaitReason::Clicks },
+            None => Ready::Wait { on: None, why: WaitReason::ClickSilence },
+        }
+    }
+
+    /// Whether a partition that is not awaited should be looked at: always, but clicks no further than is needed.
+    #[must_use]
+    pub fn wants(&self, partition: usize) -> bool {
+        let p = &self.partitions[partition];
+        if p.ended || p.awaited() {
+            return false;
+        }
+        match (p.stream, self.next_impression) {
+            (Stream::Impressions, _) | (Stream::Clicks, None) => true,
+            (Stream::Clicks, Some((_, time))) => p.real <= time.plus(self.rules.window),
+        }
+    }
+
+    #[must_use]
+    pub fn has_ended(&self, partition: usize) -> bool {
+        self.partitions[partition].ended
+    }
+
+    /// Frees what the impression handed out last still held.
+    fn let_go(&mut self) {
+        let Some(last) = self.last.take() else { return };
+        let Queue::Impressions { held, first_held, .. } = &mut self.partitions[last.key.partition as usize].queue else {
+            unreachable!("an impression partition")
+        };
+        held[(last.chunk - *first_held) as usize].left -= 1;
+        while held.front().is_some_and(|first| first.left == 0) {
+            let done = held.pop_front().expect("its front was just seen");
+            *first_held += 1;
+            self.recycled.push(done.chunk);
+        }
+    }
+
+    /// The data of the impression handed out last.
+    #[must_use]
+    pub fn record(&self, released: &Released) -> (&Chunk, &Record) {
+        let Queue::Impressions { held, first_held, .. } = &self.partitions[released.key.partition as usize].queue else {
+            unreachable!("an impression partition")
+        };
+        let chunk = &held[(released.chunk - first_held) as usize].chunk;
+        (chunk, &chunk.records[released.index as usize])
+    }
+
+    /// Where reading would have to start again if the run ended now, for every partition in order.
+    ///
+    /// Cheap enough for every batch boundary: one look at each partition.
+    pub fn positions(&self, out: &mut Vec<(NextOffset, Time)>) {
+        out.clear();
+        // What was handed out last is released already, though it may still be held.
+        let last = self.last.map(|last| (last.key.partition as usize, last.chunk));
+        out.extend(self.partitions.iter().enumerate().map(|(index, p)| match &p.queue {
+            Queue::Impressions { held, first_held, .. } => {
+                let unreleased = held.iter().zip(*first_held..);
+                let mut unreleased = unreleased
+                    .filter(|(held, chunk)| held.left > u32::from(last == Some((index, *chunk))))
+                    .map(|(held, _)| (held.start, held.watermark));
+                unreleased.next().unwrap_or((p.read, p.watermark_now()))
+            }
+            Queue::Clicks(_) => (p.read, p.watermark_now()),
+        }));
+    }
+
+    /// The positions for a checkpoint, given what [`Merge::positions`] said at the boundary.
+    #[must_use]
+    pub fn checkpoint(&self, at_boundary: &[(NextOffset, Time)]) -> Vec<PartitionPosition> {
+        let both = self.partitions.iter().enumerate();
+        both.map(|(index, p)| {
+            // A partition that is younger than the boundary starts where it started.
+            let boundary = at_boundary.get(index).copied().unwrap_or((NextOffset::default(), Time::MIN));
+            let (from, watermark) = match p.stream {
+                Stream::Impressions => boundary,
+                Stream::Clicks => (p.read, p.watermark_now()),
+            };
+            PartitionPosition { name: p.name.clone(), stream: p.stream, from, watermark, read: p.known_or_read() }
+        })
+        .collect()
+    }
+
+    /// Clicks read and not yet passed, of all partitions, in no order.
+    pub fn waiting_clicks(&self) -> impl Iterator<Item = &Click> {
+        self.partitions.iter().filter_map(|p| match &p.queue {
+            Queue::Clicks(clicks) => Some(clicks.iter()),
+            Queue::Impressions { .. } => None,
+        }).flatten()
+    }
+
+    /// Indices of the impression partitions, in order.
+    pub fn impression_partitions(&self) -> impl Iterator<Item = usize> {
+        self.partitions.iter().enumerate().filter(|(_, p)| p.stream == Stream::Impressions).map(|(index, _)| index)
+    }
+
+    /// Of each impression partition, the smallest (offset, row) not released yet, or where it goes on: part of the order
+    /// digest. Not for every batch: looks at all that is pending.
+    #[must_use]
+    pub fn first_unreleased(&self) -> Vec<(u64, u32)> {
+        let impressions = self.partitions.iter().filter_map(|p| match &p.queue {
+            Queue::Impressions { pending, .. } => {
+                Some(pending.iter().map(|e| (e.offset, e.row)).min().unwrap_or((p.read.offset, 0)))
+            }
+            Queue::Clicks(_) => None,
+        });
+        impressions.collect()
+    }
+}
+
+impl Partition {
+    /// The watermark before the next record to be read; the end of bounded input does not count.
+    fn watermark_now(&self) -> Time {
+        self.real
+    }
+
+    /// The read point: what an earlier run had read counts as read until this run has passed it.
+    fn known_or_read(&self) -> NextOffset {
+        if self.read.offset < self.known.offset { self.known } else { self.read }
+    }
+}
+
+fn key_of(entry: &Pending, partition: usize) -> Key {
+    Key {
+        time: entry.time,
+        stream: Stream::Impressions,
+        id: entry.id,
+        content: entry.content,
+        partition: partition as u32,
+        offset: entry.offset,
+        row: entry.row,
+    }
+}
+
+fn ahead_of(what: &str, by: i64, bounds: Bounds) -> String {
+    format!("event time is {by} ms ahead of its {what}; max_ahead allows {} ms", bounds.ahead)
+}

@@ -1,0 +1,429 @@
+//! The heart: ordered records in, learned weights out. Plain calls on one thread, no I/O.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::progressive::Progressive;
+use crate::batch::Cutter;
+use crate::event::{Chunk, Example, Kind, Slot, Time};
+use crate::join::{self, Join, Label, Segment, Verdict};
+use crate::merge::{Click, JournalEntry, Key, Merge, PartitionPosition, Ready, Step, WaitReason};
+use crate::model::logistic::{self, Logistic, Outcome};
+use crate::position::NextOffset;
+
+/// Keeps a share of the negatives, chosen by their ids, so that the choice is the same in every run.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sampling {
+    seed: u64,
+    /// A negative is kept when its hash is at most this.
+    keep_below: u64,
+    /// ln(1/rate).
+    offset: f32,
+}
+
+impl Sampling {
+    /// `rate` in (0, 1].
+    #[must_use]
+    pub fn new(seed: u64, rate: f64) -> Self {
+        let keep_below = if rate >= 1.0 { u64::MAX } else { (rate * u64::MAX as f64) as u64 };
+        Self { seed, keep_below, offset: -libm::log(rate) as f32 }
+    }
+
+    fn keeps(self, id: u64) -> bool {
+        self.keep_below == u64::MAX || xxhash_rust::xxh3::xxh3_64_with_seed(&id.to_le_bytes(), self.seed) <= self.keep_below
+    }
+}
+
+/// Why [`Core::advance`] came back.
+#[derive(Clone, Copy, Debug)]
+pub enum Advance {
+    /// A batch boundary: the batch is learned, and [`Core::image`] shows this moment until the next boundary.
+    Boundary,
+    /// The next impression's window reaches past the end of the click log. The image of the last boundary is the one to
+    /// resume from. Said once.
+    Cut,
+    /// Nothing can be released; see [`Step::Wait`].
+    Wait { on: Option<usize>, why: WaitReason },
+    /// Bounded input: all has been released and learned.
+    End,
+}
+
+/// One example of the open batch; its slots are `slots[start..][..len]`, its id text `text[text_start..][..text_len]`.
+#[derive(Clone, Copy, Debug)]
+struct Item {
+    id: u64,
+    time: Time,
+    event_time: Time,
+    start: u32,
+    len: u32,
+    text_start: u32,
+    text_len: u32,
+    weight: f32,
+    positive: bool,
+    /// Where it came from, for its dead letter if it is quarantined.
+    partition: u32,
+    offset: u64,
+    row: u32,
+}
+
+/// An example that the model refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Quarantined {
+    pub partition: u32,
+    pub offset: u64,
+    pub row: u32,
+    pub id: u64,
+}
+
+/// What an example came to, as [`Core::predictions`] keeps it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Prediction {
+    pub id: String,
+    pub p: f64,
+    pub positive: bool,
+}
+
+/// How many golden examples the core keeps ready.
+const GOLDEN: usize = 14;
+
+/// Everything along the order, at one batch boundary.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Place {
+    /// The last impression released.
+    pub frontier: Option<Key>,
+    /// Batches learned.
+    pub batches: u64,
+    /// Examples learned from, quarantined ones not counted.
+    pub examples: u64,
+    /// Smallest and largest event time of the examples.
+    pub event_times: Option<(Time, Time)>,
+    /// Of each impression partition, the first (offset, row) not released.
+    pub first_unreleased: Vec<(u64, u32)>,
+}
+
+/// A complete copy of the state at a batch boundary: what a checkpoint is made from.
+pub struct Image {
+    pub place: Place,
+    pub partitions: Vec<PartitionPosition>,
+    pub journal: Vec<JournalEntry>,
+    /// All clicks that were read and still matter: those with a place of at most frontier + window wait in the join.
+    pub clicks: Vec<Click>,
+    pub seen: Vec<Arc<Segment>>,
+    pub counts: join::Counts,
+    pub delays: join::DelayCurve,
+    /// What [`Progressive::export`] gave.
+    pub progress: Vec<u64>,
+    pub model: logistic::Image,
+}
+
+/// Merge, join, batches, model and progressive validation, driven by whoever feeds it.
+pub struct Core {
+    merge: Merge,
+    join: Join,
+    cutter: Cutter,
+    sampling: Sampling,
+    window: i64,
+    items: Vec<Item>,
+    slots: Vec<Slot>,
+    text: Vec<u8>,
+    outcomes: Vec<Outcome>,
+    pub model: Logistic,
+    pub progress: Progressive,
+    place: Place,
+    /// Positions at the last boundary, all partitions.
+    positions: Vec<(NextOffset, Time)>,
+    /// Smallest (offset, row) released since the boundary, by partition.
+    since: Vec<Option<(u64, u32)>>,
+    released_since: u64,
+    cut_seen: bool,
+    keep_predictions: bool,
+    predictions: Vec<Prediction>,
+    quarantined: Vec<Quarantined>,
+    golden: Vec<Vec<Slot>>,
+}
+
+impl Core {
+    #[must_use]
+    pub fn new(
+        merge: Merge,
+        join: Join,
+        cutter: Cutter,
+        sampling: Sampling,
+        window: i64,
+        model: Logistic,
+        progress: Progressive,
+    ) -> Self {
+        Self {
+            merge,
+            join,
+            cutter,
+            sampling,
+            window,
+            items: Vec::new(),
+            slots: Vec::new(),
+            text: Vec::new(),
+            outcomes: Vec::new(),
+            model,
+            progress,
+            place: Place::default(),
+            positions: Vec::new(),
+            since: Vec::new(),
+            released_since: 0,
+            cut_seen: false,
+            keep_predictions: false,
+            predictions: Vec::new(),
+            quarantined: Vec::new(),
+            golden: Vec::new(),
+        }
+    }
+
+    /// Takes up at a checkpoint: all of it but model and progress, which are given to [`Core::new`].
+    pub fn restore(&mut self, image: Restored) {
+        let frontier = image.place.frontier;
+        let passed = frontier.map_or(Time::MIN, |key| key.time.plus(self.window));
+        self.merge.resume(frontier, image.journal);
+        let (placed, ahead): (Vec<Click>, Vec<Click>) =
+            image.clicks.into_iter().partition(|click| frontier.is_some() && click.time <= passed);
+        for (index, position) in image.partitions.iter().enumerate() {
+            let mine = ahead.iter().copied().filter(|click| click.partition as usize == index);
+            self.merge.add_resumed(position, mine);
+        }
+        let join =
+            join::Image { clicks: Vec::new(), seen: image.seen, counts: image.counts, delays: image.delays };
+        self.join.restore(join, placed.into_iter());
+        self.cutter.resume(frontier.map(|key| key.time));
+        self.place = image.place;
+        self.merge.positions(&mut self.positions);
+    }
+
+    #[must_use]
+    pub fn merge(&self) -> &Merge {
+        &self.merge
+    }
+
+    pub fn merge_mut(&mut self) -> &mut Merge {
+        &mut self.merge
+    }
+
+    #[must_use]
+    pub fn join(&self) -> &Join {
+        &self.join
+    }
+
+    /// The last batch boundary.
+    #[must_use]
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// From now on keeps what was predicted for each example, until it is taken.
+    pub fn keep_predictions(&mut self) {
+        self.keep_predictions = true;
+    }
+
+    pub fn take_predictions(&mut self) -> Vec<Prediction> {
+        std::mem::take(&mut self.predictions)
+    }
+
+    pub fn take_quarantined(&mut self) -> Vec<Quarantined> {
+        std::mem::take(&mut self.quarantined)
+    }
+
+    /// Encoded examples of the last batch, fresh: what golden vectors are made from.
+    #[must_use]
+    pub fn golden(&self) -> &[Vec<Slot>] {
+        &self.golden
+    }
+
+    /// Goes on until a batch ends or nothing more can be released.
+    pub fn advance(&mut self) -> Advance {
+        loop {
+            match self.merge.ready() {
+                Ready::Impression { time, cut, .. } => {
+                    if cut && !self.cut_seen {
+                        self.cut_seen = true;
+                        return Advance::Cut;
+                    }
+                    if self.cutter.crosses(time) && self.released_since > 0 {
+                        self.finish_batch();
+                        return Advance::Boundary;
+                    }
+                    if self.release(cut) {
+                        self.finish_batch();
+                        return Advance::Boundary;
+                    }
+                }
+                Ready::Wait { on, why } => return Advance::Wait { on, why },
+                Ready::End if self.released_since > 0 => {
+                    self.finish_batch();
+                    return Advance::Boundary;
+                }
+                Ready::End => return Advance::End,
+            }
+        }
+    }
+
+    /// Passes the clicks that come before the next impression's window closes, then releases it. Whether that fills a batch.
+    fn release(&mut self, cut: bool) -> bool {
+        let released = loop {
+            match self.merge.next() {
+                Step::Click(click) => self.join.place(click),
+                Step::Impression(released) => break released,
+                Step::Wait { .. } | Step::End => unreachable!("an impression was ready"),
+            }
+        };
+        let key = released.key;
+        self.released_since += 1;
+        if self.since.len() <= key.partition as usize {
+            self.since.resize(key.partition as usize + 1, None);
+        }
+        let since = &mut self.since[key.partition as usize];
+        *since = Some(since.map_or((key.offset, key.row), |first| first.min((key.offset, key.row))));
+
+        let counts = &mut self.join.counts;
+        counts.impressions += 1;
+        counts.late += u64::from(released.late);
+        counts.windows_cut += u64::from(cut);
+        if released.rejected {
+            counts.rejected += 1;
+            return false;
+        }
+        let (chunk, record) = self.merge.record(&released);
+        let verdict = match record.kind {
+            Kind::Labelled { positive } => self.join.release_labelled(key.id, key.time, record.event_time, positive),
+            _ => self.join.release(key.id, key.time, record.event_time),
+        };
+        let Verdict::Labelled(label) = verdict else { return false };
+        let positive = label == Label::Positive;
+        if !positive && !self.sampling.keeps(key.id) {
+            self.join.counts.sampled_out += 1;
+            return false;
+        }
+        let (start, text_start) = (self.slots.len() as u32, self.text.len() as u32);
+        self.slots.extend_from_slice(chunk.slots_of(record));
+        if self.keep_predictions {
+            self.text.extend_from_slice(chunk.text_of(record));
+        }
+        self.items.push(Item {
+            id: key.id,
+            time: key.time,
+            event_time: record.event_time,
+            start,
+            len: record.slots_len,
+            text_start,
+            text_len: self.text.len() as u32 - text_start,
+            weight: record.weight,
+            positive,
+            partition: key.partition,
+            offset: key.offset,
+            row: key.row,
+        });
+        self.cutter.fills()
+    }
+
+    /// Scores the open batch, learns from it, and settles everything at its end.
+    fn finish_batch(&mut self) {
+        if !self.items.is_empty() {
+            self.learn();
+        }
+        let frontier = self.merge.frontier().expect("something was released");
+        self.place.frontier = Some(frontier);
+        self.join.settle(frontier.time);
+        self.merge.positions(&mut self.positions);
+        self.since.fill(None);
+        self.released_since = 0;
+    }
+
+    fn learn(&mut self) {
+        let examples: Vec<Example<'_>> = self
+            .items
+            .iter()
+            .map(|item| Example {
+                slots: &self.slots[item.start as usize..][..item.len as usize],
+                positive: item.positive,
+                weight: item.weight,
+                sampling_offset: self.sampling.offset,
+                time: item.time,
+                id: item.id,
+            })
+            .collect();
+        self.place.batches += 1;
+        let number = u32::try_from(self.place.batches).expect("fewer than 2^32 batches: start a new lineage by a retrain");
+        self.model.learn(number, self.items[0].time, &examples, &mut self.outcomes);
+        let counts = &mut self.join.counts;
+        let mut range = self.place.event_times;
+        for ((item, example), outcome) in self.items.iter().zip(&examples).zip(&self.outcomes) {
+            if outcome.quarantined {
+                counts.quarantined += 1;
+                let Item { partition, offset, row, id, .. } = *item;
+                self.quarantined.push(Quarantined { partition, offset, row, id });
+                continue;
+            }
+            if item.positive { counts.positives += 1 } else { counts.negatives += 1 }
+            self.place.examples += 1;
+            let (first, last) = range.unwrap_or((item.event_time, item.event_time));
+            range = Some((first.min(item.event_time), last.max(item.event_time)));
+            self.progress.observe(outcome, example);
+            if self.keep_predictions {
+                let id = &self.text[item.text_start as usize..][..item.text_len as usize];
+                let id = String::from_utf8_lossy(id).into_owned();
+                let p = 1.0 / (1.0 + libm::exp(-f64::from(outcome.logit)));
+                self.predictions.push(Prediction { id, p, positive: item.positive });
+            }
+        }
+        self.place.event_times = range;
+        self.golden.clear();
+        let stride = (examples.len() / GOLDEN).max(1);
+        self.golden.extend(examples.iter().step_by(stride).take(GOLDEN).map(|example| example.slots.to_vec()));
+        drop(examples);
+        self.items.clear();
+        self.slots.clear();
+        self.text.clear();
+    }
+
+    /// A copy of the state at the last batch boundary. Costs a copy of the model and of what waits; sorting and writing
+    /// are left to whoever takes it.
+    #[must_use]
+    pub fn image(&self) -> Image {
+        let join = self.join.at_boundary();
+        let mut clicks = join.clicks;
+        clicks.extend(self.merge.waiting_clicks().copied());
+        let mut place = self.place.clone();
+        place.first_unreleased = self.merge.first_unreleased();
+        let impressions = self.merge.impression_partitions();
+        for (first, partition) in place.first_unreleased.iter_mut().zip(impressions) {
+            if let Some(Some(since)) = self.since.get(partition) {
+                *first = (*first).min(*since);
+            }
+        }
+        Image {
+            place,
+            partitions: self.merge.checkpoint(&self.positions),
+            journal: self.merge.journal().to_vec(),
+            clicks,
+            seen: join.seen,
+            counts: join.counts,
+            delays: join.delays,
+            progress: self.progress.export(),
+            model: self.model.image(),
+        }
+    }
+
+    /// Offers a chunk to the merge; see [`Merge::offer`].
+    pub fn offer(&mut self, partition: usize, chunk: Box<Chunk>, now: Time) {
+        self.merge.offer(partition, chunk, now);
+    }
+}
+
+/// What [`Core::restore`] takes up: an [`Image`] without model and progress.
+pub struct Restored {
+    pub place: Place,
+    pub partitions: Vec<PartitionPosition>,
+    pub journal: Vec<JournalEntry>,
+    pub clicks: Vec<Click>,
+    pub seen: Vec<Arc<Segment>>,
+    pub counts: join::Counts,
+    pub delays: join::DelayCurve,
+}
