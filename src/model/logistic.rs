@@ -1,1 +1,654 @@
-//! Logistic regression.
+//! Logistic regression with a rate per coordinate, learned example by example in order.
+//!
+//! The rule is FTRL-Proximal (McMahan et al., *Ad Click Prediction: a View from the Trenches*, KDD 2013) with n0 added
+//! under the root. While `l1 = 0` it needs no `z` and reads, with `g` the gradient of one coordinate:
+//!
+//! ```text
+//! n += g^2;   w -= g / ((b + sqrt(n0 + n)) / a + l2)
+//! ```
+//!
+//! which with `b = l2 = 0` is AdaGrad (Duchi et al., JMLR 2011). With `l1 > 0` every row also holds `z`, and a row that
+//! comes without (warm start, decay) gets the `z` that leaves its `w` where it is.
+//!
+//! `logit = sum over slots, in their order, of w[row] * value, then + intercept`, all in f32. A batch is only a number for
+//! `touched` and a moment for decay: learning does not see where batches, or the blocks below, begin and end.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::Xxh3;
+
+use super::Error;
+use super::table::{At, Rows, Table};
+use crate::event::{Example, Slot, Time};
+
+/// Largest |value| of a slot and largest weight of an example; what lies beyond is quarantined. With it no update
+/// overflows: a gradient is at most 1e12, its square 1e24, and a step of the rule is never longer than `a` (+ l1's part).
+const LARGEST: f32 = 1e6;
+/// Largest offset of down-sampling: one negative kept in e^64.
+const LARGEST_OFFSET: f32 = 64.0;
+/// Examples looked up ahead of the arithmetic. Invisible in the result.
+const BLOCK: usize = 32;
+
+/// How a row changes with an example.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Rule {
+    /// Per-coordinate AdaGrad, which is FTRL-Proximal where l1 or l2 is set.
+    #[default]
+    Adagrad,
+    /// Adds exactly 1 to the weight of each row of an example, and to the intercept; every logit is 0. Shows that every
+    /// example was applied exactly once.
+    Count,
+}
+
+/// The `[model]` part of the config.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// `adagrad` or `count`. Default `adagrad`.
+    pub rule: Rule,
+    /// Learning rate: no step is longer. `0 < a <= 10`. Default 0.05.
+    pub a: f32,
+    /// Added to the root of the accumulator; larger: slower starts. `>= 0`. Default 0.
+    pub b: f32,
+    /// Added to the accumulator under the root; keeps the first steps of a row short. `>= 0`. Default 0.1.
+    pub n0: f32,
+    /// Pull to exactly 0, in summed gradient. `>= 0`. Default 0. Costs 4 bytes a row (`z`); the intercept is exempt.
+    pub l1: f32,
+    /// Pull towards 0. `>= 0`. Default 0. The intercept is exempt.
+    pub l2: f32,
+    /// Click-through rate to start from, between 0 and 1, both exclusive: the intercept starts at its logit. Without it
+    /// 0.5, so an intercept of 0, and the first few thousand examples pay for finding the level.
+    pub prior_ctr: Option<f64>,
+    /// Forgetting of the accumulators, so that rates do not die in a job that runs for months. Default: none.
+    pub decay: Option<DecaySettings>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { rule: Rule::Adagrad, a: 0.05, b: 0.0, n0: 0.1, l1: 0.0, l2: 0.0, prior_ctr: None, decay: None }
+    }
+}
+
+/// Each time event time crosses a multiple of `per`, every accumulator above `floor` becomes `max(floor, n * keep)`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DecaySettings {
+    /// Length of a period of event time. Default 1d.
+    #[serde(with = "humantime_serde")]
+    pub per: Duration,
+    /// What is left of an accumulator after a period. `0 < keep < 1`. Default 0.9.
+    pub keep: f64,
+    /// Decay takes no accumulator below it, so a row that rests keeps a sane rate. `>= 0`. Default 10.
+    pub floor: f64,
+}
+
+impl Default for DecaySettings {
+    fn default() -> Self {
+        Self { per: Duration::from_secs(24 * 60 * 60), keep: 0.9, floor: 10.0 }
+    }
+}
+
+impl Settings {
+    /// The checked form, which alone can make a model.
+    pub fn check(&self) -> Result<Checked, Error> {
+        fn must(holds: bool, key: &'static str, expected: &'static str, got: impl ToString) -> Result<(), Error> {
+            if holds { Ok(()) } else { Err(Error::Setting { key, expected, got: got.to_string() }) }
+        }
+        let &Self { rule, a, b, n0, l1, l2, prior_ctr, ref decay } = self;
+        must(a > 0.0 && a <= 10.0, "a", "above 0 and at most 10", a)?;
+        for (key, value) in [("b", b), ("n0", n0), ("l1", l1), ("l2", l2)] {
+            must((0.0..=1e6).contains(&value), key, "between 0 and 1e6", value)?;
+        }
+        let c = b + a * l2;
+        must(c + n0.sqrt() >= 1e-6, "n0", "above 1e-12 where b and l2 are 0: the first step would divide by 0", n0)?;
+        let ctr = prior_ctr.unwrap_or(0.5);
+        must(ctr > 0.0 && ctr < 1.0, "prior_ctr", "between 0 and 1, both exclusive", ctr)?;
+        let decay = match decay {
+            Some(DecaySettings { per, keep, floor }) => {
+                let per_ms = i64::try_from(per.as_millis()).unwrap_or(0);
+                must(per_ms > 0, "decay.per", "at least 1ms", humantime_serde::re::humantime::format_duration(*per))?;
+                must(*keep > 0.0 && *keep < 1.0, "decay.keep", "between 0 and 1, both exclusive", keep)?;
+                must((0.0..=1e30).contains(floor), "decay.floor", "between 0 and 1e30", floor)?;
+                Some(Decay { per_ms, keep: *keep, floor: *floor })
+            }
+            None => None,
+        };
+        Ok(Checked { rule, a, b, n0, l1, c, start: libm::log(ctr / (1.0 - ctr)), decay })
+    }
+}
+
+/// Settings that were found good.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Checked {
+    rule: Rule,
+    a: f32,
+    b: f32,
+    n0: f32,
+    l1: f32,
+    /// `b + a * l2`: the rule is computed as `w -= a * g / (sqrt(n0 + n) + c)`.
+    c: f32,
+    /// Where the intercept starts.
+    start: f64,
+    decay: Option<Decay>,
+}
+
+impl Checked {
+    /// The `z` of a weight: zero gradient leaves `w` where it is.
+    fn z_of(&self, w: f32, n: f32) -> f32 {
+        if w == 0.0 { 0.0 } else { -w * ((self.n0 + n).sqrt() + self.c) / self.a - self.l1.copysign(w) }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Decay {
+    per_ms: i64,
+    keep: f64,
+    floor: f64,
+}
+
+impl Decay {
+    /// `n` after `periods` periods, in closed form. What is at or below the floor stays.
+    fn after(self, periods: i64, n: f64) -> f64 {
+        if n > self.floor { self.floor.max(n * libm::pow(self.keep, periods as f64)) } else { n }
+    }
+}
+
+/// What the model said to one example, before it learned from it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Outcome {
+    /// Without the offset of down-sampling. 0 if quarantined, and under [`Rule::Count`].
+    pub logit: f32,
+    /// `exp(-|logit|)`, which sigmoid and logloss share.
+    pub e: f32,
+    /// The example was not finite or out of bounds; it changed nothing.
+    pub quarantined: bool,
+}
+
+/// How often a feature's value was missing, or had no row when the example came. Quarantined examples do not count.
+#[derive(Clone, Default, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FeatureCounts {
+    pub examples: u64,
+    /// Slots flagged [`Slot::MISSING`], by feature.
+    pub missing: Vec<u64>,
+    /// Slots whose id had no row at that moment, by feature.
+    pub unseen: Vec<u64>,
+}
+
+/// The bias: an ordinary row, kept apart, in f64, because its steps become shorter than the spacing of f32 near -4 after
+/// some 1e8 examples, first those of the negatives. Logits use its f32 rounding.
+#[derive(Clone, Copy, Default, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Intercept {
+    pub w: f64,
+    pub n: f64,
+    pub touched: u32,
+}
+
+/// What a checkpoint holds of the model: all that learning depends on.
+#[derive(Clone, Default, Debug, PartialEq)]
+pub struct State {
+    pub rows: Rows,
+    pub intercept: Intercept,
+    /// (number of its first batch, event-time period), both ascending: in which period a `touched` lies. Empty without decay.
+    pub periods: Vec<(u32, i64)>,
+    pub counts: FeatureCounts,
+}
+
+impl State {
+    /// The state of a model that starts from published weights: accumulators 0, nothing counted, no row touched yet.
+    #[must_use]
+    pub fn warm(weights: Weights) -> Self {
+        let zeros = vec![0.0; weights.ids.len()];
+        let touched = vec![0; weights.ids.len()];
+        let intercept = Intercept { w: f64::from(weights.intercept), ..Intercept::default() };
+        let rows = Rows { ids: weights.ids, w: weights.w, n: zeros, z: None, touched };
+        Self { rows, intercept, ..Self::default() }
+    }
+
+    /// xxh3-128 over parameters and optimizer (not the counts), little-endian, each column led by its length.
+    #[must_use]
+    pub fn digest(&self) -> u128 {
+        fn column<const N: usize>(hash: &mut Xxh3, len: usize, words: impl Iterator<Item = [u8; N]>) {
+            hash.update(&(len as u64).to_le_bytes());
+            let mut buffer = Vec::with_capacity(1 << 16);
+            for word in words {
+                buffer.extend_from_slice(&word);
+                if buffer.len() >= (1 << 16) - N {
+                    hash.update(&buffer);
+                    buffer.clear();
+                }
+            }
+            hash.update(&buffer);
+        }
+        let mut hash = Xxh3::new();
+        let rows = &self.rows;
+        hash.update(b"tidemill logistic 1");
+        column(&mut hash, rows.ids.len(), rows.ids.iter().map(|id| id.to_le_bytes()));
+        column(&mut hash, rows.w.len(), rows.w.iter().map(|w| w.to_le_bytes()));
+        column(&mut hash, rows.n.len(), rows.n.iter().map(|n| n.to_le_bytes()));
+        let z = rows.z.as_deref().unwrap_or_default();
+        column(&mut hash, z.len(), z.iter().map(|z| z.to_le_bytes()));
+        column(&mut hash, rows.touched.len(), rows.touched.iter().map(|touched| touched.to_le_bytes()));
+        hash.update(&self.intercept.w.to_le_bytes());
+        hash.update(&self.intercept.n.to_le_bytes());
+        hash.update(&self.intercept.touched.to_le_bytes());
+        let periods =
+            self.periods.iter().map(|&(batch, period)| ((period as u128) << 32 | u128::from(batch)).to_le_bytes());
+        column(&mut hash, self.periods.len(), periods);
+        hash.digest128()
+    }
+}
+
+/// What a snapshot holds: ids strictly ascending, their weights, and the bias.
+#[derive(Clone, Default, Debug, PartialEq)]
+pub struct Weights {
+    pub ids: Vec<u64>,
+    pub w: Vec<f32>,
+    pub intercept: f32,
+}
+
+/// A copy of the model at a batch boundary, for another thread to sort and write.
+pub struct Image {
+    table: Table,
+    intercept: Intercept,
+    periods: Vec<(u32, i64)>,
+    counts: FeatureCounts,
+}
+
+impl Image {
+    /// Does the work that the copy left undone: canonical order.
+    #[must_use]
+    pub fn sorted(self) -> State {
+        State { rows: self.table.rows(), intercept: self.intercept, periods: self.periods, counts: self.counts }
+    }
+}
+
+/// What one slot adds to a logit.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Contribution {
+    pub feature: u16,
+    pub row: u64,
+    pub value: f32,
+    /// Weight times value; the weight is that of the feature's default row where `known` is false.
+    pub logit: f32,
+    /// The id has a row of its own.
+    pub known: bool,
+}
+
+/// The model: a table, an intercept, and for each feature the id of the row that answers for ids without one.
+pub struct Logistic {
+    rule: Checked,
+    table: Table,
+    intercept: Intercept,
+    default_rows: Vec<u64>,
+    /// Where the default rows lie; [`At::NONE`] while unknown. Void when the table grows.
+    defaults_at: Vec<At>,
+    periods: Vec<(u32, i64)>,
+    counts: FeatureCounts,
+    /// Number of the newest batch.
+    batch: u32,
+    /// First batch of the current period of decay; 0 without decay, and then no row is older.
+    since: u32,
+    /// Where the rows of the current block's slots lie; kept for its memory.
+    found: Vec<At>,
+}
+
+impl Logistic {
+    /// A model that knows nothing. `default_rows` holds the row id of each feature's default row, by feature index.
+    #[must_use]
+    pub fn new(rule: Checked, default_rows: Vec<u64>) -> Self {
+        let state = State { intercept: Intercept { w: rule.start, ..Intercept::default() }, ..State::default() };
+        Self::with_table(rule, default_rows, Table::new(rule.l1 > 0.0), state)
+    }
+
+    /// The model that goes on from `state`. Where l1 > 0 and the state has no `z`, it is derived such that no weight moves.
+    pub fn from_state(rule: Checked, default_rows: Vec<u64>, mut state: State) -> Result<Self, Error> {
+        let refuse = |part, what| Err(Error::State { part, what });
+        let Intercept { w, n, .. } = state.intercept;
+        if !(w.is_finite() && n.is_finite() && n >= 0.0) {
+            return refuse("intercept", format!("w {w}, n {n}"));
+        }
+        if !state.periods.is_sorted_by(|a, b| a.0 < b.0 && a.1 < b.1) {
+            return refuse("decay periods", "not ascending".to_owned());
+        }
+        let features = default_rows.len();
+        for counts in [&mut state.counts.missing, &mut state.counts.unseen] {
+            if counts.is_empty() {
+                counts.resize(features, 0);
+            }
+            if counts.len() != features {
+                return refuse("feature counts", format!("{} features where the schema has {features}", counts.len()));
+            }
+        }
+        if rule.l1 == 0.0 {
+            state.rows.z = None;
+        } else if state.rows.z.is_none() {
+            state.rows.z = Some(state.rows.w.iter().zip(&state.rows.n).map(|(&w, &n)| rule.z_of(w, n)).collect());
+        }
+        let table = Table::from_rows(&state.rows)?;
+        Ok(Self::with_table(rule, default_rows, table, state))
+    }
+
+    fn with_table(rule: Checked, default_rows: Vec<u64>, table: Table, state: State) -> Self {
+        let mut counts = state.counts;
+        counts.missing.resize(default_rows.len(), 0);
+        counts.unseen.resize(default_rows.len(), 0);
+        let batch = state.rows.touched.iter().copied().fold(state.intercept.touched, u32::max);
+        Self {
+            rule,
+            table,
+            intercept: state.intercept,
+            defaults_at: vec![At::NONE; default_rows.len()],
+            default_rows,
+            periods: state.periods,
+            counts,
+            batch,
+            since: 0,
+            found: Vec::new(),
+        }
+    }
+
+    /// Number of rows.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.table.len()
+    }
+
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.table.is_empty()
+    }
+
+    /// Memory of the table, in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.table.bytes()
+    }
+
+    #[must_use]
+    pub fn counts(&self) -> &FeatureCounts {
+        &self.counts
+    }
+
+    /// The bias as logits use it.
+    #[must_use]
+    pub fn intercept(&self) -> f32 {
+        self.intercept.w as f32
+    }
+
+    /// Scores and learns the examples of batch number `batch` one after the other, and leaves one outcome for each in
+    /// `outcomes`. `time` is the batch's place in event time, for decay.
+    ///
+    /// An id without a row adds its feature's default row to the logit; afterwards that row learns, and the id gets a row
+    /// of zeros, which learns too. A row that an example names twice learns twice, from the one logit.
+    ///
+    /// # Panics
+    /// If `batch` is 0 (kept for rows never touched) or less than the one before.
+    pub fn learn(&mut self, batch: u32, time: Time, examples: &[Example<'_>], outcomes: &mut Vec<Outcome>) {
+        self.learn_in_blocks(batch, time, examples, outcomes, BLOCK);
+    }
+
+    fn learn_in_blocks(
+        &mut self,
+        batch: u32,
+        time: Time,
+        examples: &[Example<'_>],
+        outcomes: &mut Vec<Outcome>,
+        block: usize,
+    ) {
+        assert!(batch > 0 && batch >= self.batch, "batch {batch} cannot come after batch {}", self.batch);
+        self.batch = batch;
+        outcomes.clear();
+        if let Some(decay) = self.rule.decay {
+            let period = time.0.div_euclid(decay.per_ms);
+            if self.periods.last().is_none_or(|&(_, last)| last < period) {
+                self.periods.push((batch, period));
+            }
+            self.since = self.periods.last().map_or(0, |&(first, _)| first);
+        }
+        match (self.rule.rule, self.rule.l1 > 0.0) {
+            (Rule::Adagrad, false) => self.walk::<ADAGRAD>(examples, outcomes, block),
+            (Rule::Adagrad, true) => self.walk::<FTRL>(examples, outcomes, block),
+            (Rule::Count, _) => self.walk::<COUNT>(examples, outcomes, block),
+        }
+    }
+
+    /// Three passes over each block of examples: ask the memory for its lines (one block ahead), find its rows, then
+    /// compute in order. Only the last one writes, so an id that is new in a block is looked up again there.
+    fn walk<const KERNEL: u8>(&mut self, examples: &[Example<'_>], outcomes: &mut Vec<Outcome>, block: usize) {
+        let mut found = std::mem::take(&mut self.found);
+        let mut blocks = examples.chunks(block).peekable();
+        let mut first = true;
+        while let Some(block) = blocks.next() {
+            let ahead = blocks.peek().copied().unwrap_or_default();
+            let slots = |block: &[Example<'_>]| block.iter().map(|example| example.slots.len()).sum::<usize>();
+            // Each slot can bring its own row, each feature its default row.
+            if self.table.reserve(slots(block) + self.default_rows.len()) {
+                self.defaults_at.fill(At::NONE);
+            }
+            let wanted = if first { [block, ahead] } else { [ahead, &[]] };
+            for slot in wanted.iter().copied().flatten().flat_map(|example| example.slots) {
+                self.table.prefetch(slot.row);
+            }
+            first = false;
+
+            found.clear();
+            found.extend(block.iter().flat_map(|example| example.slots).map(|slot| self.table.find(slot.row)));
+
+            let mut rest = found.as_mut_slice();
+            for example in block {
+                let (mine, others) = rest.split_at_mut(example.slots.len());
+                rest = others;
+                outcomes.push(self.one::<KERNEL>(example, mine));
+            }
+        }
+        self.found = found;
+    }
+
+    /// Scores one example, then learns from it.
+    #[inline]
+    fn one<const KERNEL: u8>(&mut self, example: &Example<'_>, found: &mut [At]) -> Outcome {
+        let mut sum = 0.0;
+        let mut bad = false;
+        for (slot, at) in example.slots.iter().zip(&mut *found) {
+            bad |= !(slot.value.abs() <= LARGEST) | (slot.row == 0);
+            let w = if *at == At::NONE { self.weight_of_new(slot, at) } else { self.table.w(*at) };
+            sum += w * slot.value;
+        }
+        let logit = if KERNEL == COUNT { 0.0 } else { sum + self.intercept() };
+        let Example { weight, sampling_offset: offset, .. } = *example;
+        bad |= !(weight > 0.0 && weight <= LARGEST) | !(offset.abs() <= LARGEST_OFFSET) | !logit.is_finite();
+        if bad {
+            return Outcome { logit: 0.0, e: 1.0, quarantined: true };
+        }
+        let e = libm::expf(-logit.abs());
+        let x = logit + offset;
+        let p = if offset == 0.0 { sigmoid(logit, e) } else { sigmoid(x, libm::expf(-x.abs())) };
+        let d = (p - f32::from(u8::from(example.positive))) * weight;
+
+        self.counts.examples += 1;
+        for (slot, &at) in example.slots.iter().zip(&*found) {
+            if slot.flags & Slot::MISSING != 0 {
+                self.counts.missing[usize::from(slot.feature)] += 1;
+            }
+            let g = d * slot.value;
+            if at == At::NONE { self.learn_new::<KERNEL>(slot, g) } else { self.step::<KERNEL>(at, g) }
+        }
+        self.step_intercept::<KERNEL>(f64::from(d));
+        Outcome { logit, e, quarantined: false }
+    }
+
+    /// Weight for an id that had no row when its block was looked up: by now it may have one, else its default row's.
+    #[cold]
+    fn weight_of_new(&mut self, slot: &Slot, at: &mut At) -> f32 {
+        *at = self.table.find(slot.row);
+        if *at == At::NONE {
+            let feature = usize::from(slot.feature);
+            if self.defaults_at[feature] == At::NONE {
+                self.defaults_at[feature] = self.table.find(self.default_rows[feature]);
+            }
+            match self.defaults_at[feature] {
+                At::NONE => 0.0,
+                default => self.table.w(default),
+            }
+        } else {
+            self.table.w(*at)
+        }
+    }
+
+    /// The default row learns for an id without a row; the id gets its row, which learns too.
+    #[cold]
+    fn learn_new<const KERNEL: u8>(&mut self, slot: &Slot, g: f32) {
+        let feature = usize::from(slot.feature);
+        self.counts.unseen[feature] += 1;
+        if self.defaults_at[feature] == At::NONE {
+            self.defaults_at[feature] = self.table.find_or_insert(self.default_rows[feature]);
+        }
+        self.step::<KERNEL>(self.defaults_at[feature], g);
+        let at = self.table.find_or_insert(slot.row);
+        self.step::<KERNEL>(at, g);
+    }
+
+    /// One step of one row against the gradient `g`.
+    #[inline(always)]
+    fn step<const KERNEL: u8>(&mut self, at: At, g: f32) {
+        let Checked { a, n0, l1, c, .. } = self.rule;
+        let row = self.table.row(at);
+        let old = *row.touched;
+        *row.touched = self.batch;
+        if KERNEL == COUNT {
+            *row.w += 1.0;
+            return;
+        }
+        if old < self.since {
+            self.decay_row::<KERNEL>(at, old);
+        }
+        let row = self.table.row(at);
+        let before = *row.n;
+        *row.n = before + g * g;
+        let root = (n0 + *row.n).sqrt();
+        if KERNEL == FTRL {
+            let w = *row.w;
+            let z = self.table.z(at);
+            *z += g - (root - (n0 + before).sqrt()) / a * w;
+            let z = *z;
+            *self.table.row(at).w = if z.abs() <= l1 { 0.0 } else { a * (l1.copysign(z) - z) / (root + c) };
+        } else {
+            *row.w -= a * g / (root + c);
+        }
+    }
+
+    /// The intercept's step: the same rule without l1 and l2.
+    #[inline(always)]
+    fn step_intercept<const KERNEL: u8>(&mut self, g: f64) {
+        let Intercept { w, n, touched } = self.intercept;
+        let n = if touched < self.since { self.decayed(n, touched) } else { n };
+        let n = if KERNEL == COUNT { n } else { n + g * g };
+        let Checked { a, b, n0, .. } = self.rule;
+        let step = if KERNEL == COUNT { -1.0 } else { f64::from(a) * g / ((f64::from(n0) + n).sqrt() + f64::from(b)) };
+        self.intercept = Intercept { w: w - step, n, touched: self.batch };
+    }
+
+    /// Brings the accumulator of a row last touched in batch `touched` to the current period. Where it has a `z` and
+    /// a weight, the `z` is derived anew; a weight that l1 holds at 0 stays there with the `z` that it has.
+    #[cold]
+    fn decay_row<const KERNEL: u8>(&mut self, at: At, touched: u32) {
+        let before = *self.table.row(at).n;
+        let n = self.decayed(f64::from(before), touched) as f32;
+        let row = self.table.row(at);
+        *row.n = n;
+        let w = *row.w;
+        if KERNEL == FTRL && w != 0.0 && n != before {
+            *self.table.z(at) = self.rule.z_of(w, n);
+        }
+    }
+
+    fn decayed(&self, n: f64, touched: u32) -> f64 {
+        let period_of = |batch: u32| {
+            let next = self.periods.partition_point(|&(first, _)| first <= batch);
+            self.periods[next.saturating_sub(1)].1
+        };
+        match self.rule.decay {
+            Some(decay) => decay.after(period_of(self.batch) - period_of(touched), n),
+            None => n,
+        }
+    }
+
+    /// The logit of an example with these slots. An id without a row counts as its feature's default row, and as 0
+    /// where that has none either.
+    #[must_use]
+    pub fn score(&self, slots: &[Slot]) -> f32 {
+        slots.iter().fold(0.0, |sum, slot| sum + self.weight_of(slot).0 * slot.value) + self.intercept()
+    }
+
+    /// What each slot adds to the logit, in slot order. With [`Logistic::intercept`] added last they sum to it.
+    #[must_use]
+    pub fn explain(&self, slots: &[Slot]) -> Vec<Contribution> {
+        let contribution = |slot: &Slot| {
+            let (w, known) = self.weight_of(slot);
+            Contribution { feature: slot.feature, row: slot.row, value: slot.value, logit: w * slot.value, known }
+        };
+        slots.iter().map(contribution).collect()
+    }
+
+    fn weight_of(&self, slot: &Slot) -> (f32, bool) {
+        let at = self.table.find(slot.row);
+        if at != At::NONE {
+            return (self.table.w(at), true);
+        }
+        let default = self.table.find(self.default_rows[usize::from(slot.feature)]);
+        (if default == At::NONE { 0.0 } else { self.table.w(default) }, false)
+    }
+
+    /// Everything that learning depends on, sorted. Takes seconds for a large table: see [`Logistic::image`].
+    #[must_use]
+    pub fn state(&self) -> State {
+        State {
+            rows: self.table.rows(),
+            intercept: self.intercept,
+            periods: self.periods.clone(),
+            counts: self.counts.clone(),
+        }
+    }
+
+    /// A plain copy, at the speed of memory; [`Image::sorted`] makes the state of it, on any thread.
+    #[must_use]
+    pub fn image(&self) -> Image {
+        Image {
+            table: self.table.clone(),
+            intercept: self.intercept,
+            periods: self.periods.clone(),
+            counts: self.counts.clone(),
+        }
+    }
+
+    /// The rows that a batch after number `batch` changed.
+    #[must_use]
+    pub fn rows_touched_after(&self, batch: u32) -> Rows {
+        self.table.rows_touched_after(batch)
+    }
+
+    /// What serving needs.
+    #[must_use]
+    pub fn weights(&self) -> Weights {
+        let rows = self.table.rows();
+        Weights { ids: rows.ids, w: rows.w, intercept: self.intercept() }
+    }
+
+    /// The model digest: [`State::digest`].
+    #[must_use]
+    pub fn digest(&self) -> u128 {
+        self.state().digest()
+    }
+}
+
+const ADAGRAD: u8 = 0;
+const FTRL: u8 = 1;
+const COUNT: u8 = 2;
+
+/// `1 / (1 + exp(-x))` where `e = exp(-|x|)`: no overflow on either side.
+#[inline(always)]
+fn sigmoid(x: f32, e: f32) -> f32 {
+    (if x >= 0.0 { 1.0 } else { e }) / (1.0 + e)
+}

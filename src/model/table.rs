@@ -1,1 +1,370 @@
-//! Sparse parameters.
+//! Sparse parameters: a collisionless table from row id to weight and accumulator.
+//!
+//! Every id has a row of its own, and three rows share one cache line, so that a touch costs one miss. Where a row lies,
+//! how large the table is and in which order rows came are *not* state: all that leaves the table is sorted by id, and a
+//! table made from that behaves as the one it came from.
+
+use super::Error;
+
+/// Rows in a bucket.
+const LANES: usize = 3;
+/// Buckets of an empty table.
+const SMALLEST: usize = 64;
+
+/// Three rows in one cache line. Lanes fill from the first; id 0 is an empty lane.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Bucket {
+    ids: [u64; LANES],
+    w: [f32; LANES],
+    n: [f32; LANES],
+    touched: [u32; LANES],
+}
+
+const EMPTY: Bucket = Bucket { ids: [0; LANES], w: [0.0; LANES], n: [0.0; LANES], touched: [0; LANES] };
+
+/// Where a row lies, until the table grows: bucket * 4 + lane.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct At(u32);
+
+impl At {
+    /// No row.
+    pub const NONE: Self = Self(u32::MAX);
+
+    fn new(bucket: usize, lane: usize) -> Self {
+        Self((bucket * 4 + lane) as u32)
+    }
+
+    fn bucket(self) -> usize {
+        (self.0 >> 2) as usize
+    }
+
+    fn lane(self) -> usize {
+        (self.0 & 3) as usize
+    }
+}
+
+/// One row, open for change.
+pub struct Row<'a> {
+    pub w: &'a mut f32,
+    pub n: &'a mut f32,
+    pub touched: &'a mut u32,
+}
+
+/// Rows as columns of one length, ids strictly ascending: the canonical form of a table.
+#[derive(Clone, Default, PartialEq, Debug)]
+pub struct Rows {
+    pub ids: Vec<u64>,
+    /// Weight.
+    pub w: Vec<f32>,
+    /// Sum of squared gradients, decayed as of the row's last touch.
+    pub n: Vec<f32>,
+    /// FTRL-Proximal's `z`; only where l1 > 0.
+    pub z: Option<Vec<f32>>,
+    /// Number of the batch that last changed the row; 0 for a row that came with a warm start.
+    pub touched: Vec<u32>,
+}
+
+/// A table of rows (id, w, n, touched), and `z` beside it if it was made with it.
+///
+/// Ids must be spread evenly over `u64`, as hashes are, and not be 0. A bucket is found by the id's place in `u64`,
+/// so a walk over the buckets is a walk in nearly sorted order. At most [`Table::capacity`] rows fit before
+/// [`Table::reserve`] must be called; rows stay where they are until then.
+#[derive(Clone)]
+pub struct Table {
+    buckets: Vec<Bucket>,
+    z: Option<Vec<[f32; LANES]>>,
+    len: usize,
+}
+
+impl Table {
+    #[must_use]
+    pub fn new(with_z: bool) -> Self {
+        Self::with_buckets(SMALLEST, with_z)
+    }
+
+    /// A table that takes `rows` rows without growing.
+    #[must_use]
+    pub fn with_capacity(rows: usize, with_z: bool) -> Self {
+        Self::with_buckets(buckets_for(rows).max(SMALLEST), with_z)
+    }
+
+    fn with_buckets(count: usize, with_z: bool) -> Self {
+        assert!(count <= 1 << 30, "a table of {count} buckets is past what a u32 position can name (3.2e9 rows)");
+        Self { buckets: vec![EMPTY; count], z: with_z.then(|| vec![[0.0; LANES]; count]), len: 0 }
+    }
+
+    /// Number of rows.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Number of rows that fit before the table grows: 60 % of its lanes.
+    #[must_use]
+    pub fn capacity(&self) -> usize {
+        self.buckets.len() * 9 / 5
+    }
+
+    /// Memory held, in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.buckets.len() * size_of::<Bucket>() + self.z.as_ref().map_or(0, |z| z.len() * size_of::<[f32; LANES]>())
+    }
+
+    /// Makes room for `more` rows beyond those there, at least doubling if it must grow. Every [`At`] is void after growth;
+    /// returns whether it grew.
+    pub fn reserve(&mut self, more: usize) -> bool {
+        let needed = self.len + more;
+        if needed <= self.capacity() {
+            return false;
+        }
+        let mut grown =
+            Self::with_buckets(buckets_for(needed).max(self.buckets.len() * 2).min(1 << 30), self.z.is_some());
+        assert!(needed <= grown.capacity(), "the table is full: {needed} rows");
+        for (from, bucket) in self.buckets.iter().enumerate() {
+            for lane in 0..LANES {
+                let id = bucket.ids[lane];
+                if id == 0 {
+                    break;
+                }
+                let at = grown.insert_new(id);
+                let row = grown.row(at);
+                (*row.w, *row.n, *row.touched) = (bucket.w[lane], bucket.n[lane], bucket.touched[lane]);
+                if let (Some(new), Some(old)) = (&mut grown.z, &self.z) {
+                    new[at.bucket()][at.lane()] = old[from][lane];
+                }
+            }
+        }
+        *self = grown;
+        true
+    }
+
+    /// The bucket where the search for `id` starts: its share of `u64` scaled to the number of buckets.
+    #[inline(always)]
+    fn home(&self, id: u64) -> usize {
+        ((u128::from(id) * self.buckets.len() as u128) >> 64) as usize
+    }
+
+    /// Asks the memory for the line where the row of `id` most likely lies.
+    #[inline(always)]
+    pub fn prefetch(&self, id: u64) {
+        let line = self.buckets.as_ptr().wrapping_add(self.home(id));
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a prefetch is a hint; it reads nothing and faults on no address. The intrinsic is unsafe only by its
+        // signature. Reason: PREFETCH_REASON
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line.cast());
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = line;
+    }
+
+    /// The row of `id`, or [`At::NONE`].
+    #[inline]
+    #[must_use]
+    pub fn find(&self, id: u64) -> At {
+        let mut at = self.home(id);
+        loop {
+            let ids = &self.buckets[at].ids;
+            // Without branches: in which lane an id lies is chance, and a wrong guess costs more than three compares.
+            let hits = u32::from(ids[0] == id) | u32::from(ids[1] == id) << 1 | u32::from(ids[2] == id) << 2;
+            if hits != 0 {
+                return At::new(at, hits.trailing_zeros() as usize);
+            }
+            if ids[LANES - 1] == 0 {
+                return At::NONE;
+            }
+            at = if at + 1 == self.buckets.len() { 0 } else { at + 1 };
+        }
+    }
+
+    /// The row of `id`; a new one is all zeros. Panics if the table is full: [`Table::reserve`] comes first.
+    #[inline]
+    pub fn find_or_insert(&mut self, id: u64) -> At {
+        let at = self.find(id);
+        if at == At::NONE { self.insert_new(id) } else { at }
+    }
+
+    fn insert_new(&mut self, id: u64) -> At {
+        assert!(self.len < self.capacity(), "no room was reserved for row {id:016x}");
+        debug_assert_ne!(id, 0, "0 is the id of an empty place");
+        let mut bucket = self.home(id);
+        loop {
+            if let Some(lane) = self.buckets[bucket].ids.iter().position(|&id| id == 0) {
+                self.buckets[bucket].ids[lane] = id;
+                self.len += 1;
+                return At::new(bucket, lane);
+            }
+            bucket = if bucket + 1 == self.buckets.len() { 0 } else { bucket + 1 };
+        }
+    }
+
+    /// Weight of the row at `at`.
+    #[inline(always)]
+    #[must_use]
+    pub fn w(&self, at: At) -> f32 {
+        self.buckets[at.bucket()].w[at.lane()]
+    }
+
+    #[inline(always)]
+    pub fn row(&mut self, at: At) -> Row<'_> {
+        let bucket = &mut self.buckets[at.bucket()];
+        let lane = at.lane();
+        Row { w: &mut bucket.w[lane], n: &mut bucket.n[lane], touched: &mut bucket.touched[lane] }
+    }
+
+    /// `z` of the row at `at`. Panics if the table was made without.
+    #[inline(always)]
+    pub fn z(&mut self, at: At) -> &mut f32 {
+        &mut self.z.as_mut().expect("a table made with z")[at.bucket()][at.lane()]
+    }
+
+    /// All rows.
+    #[must_use]
+    pub fn rows(&self) -> Rows {
+        self.rows_where(|_| true)
+    }
+
+    /// The rows that a batch after number `batch` changed. Walks the whole table.
+    #[must_use]
+    pub fn rows_touched_after(&self, batch: u32) -> Rows {
+        self.rows_where(|touched| touched > batch)
+    }
+
+    fn rows_where(&self, wanted: impl Fn(u32) -> bool) -> Rows {
+        let mut found: Vec<(u64, At)> = Vec::with_capacity(self.len);
+        for (at, bucket) in self.buckets.iter().enumerate() {
+            for lane in 0..LANES {
+                if bucket.ids[lane] != 0 && wanted(bucket.touched[lane]) {
+                    found.push((bucket.ids[lane], At::new(at, lane)));
+                }
+            }
+        }
+        found.sort_unstable_by_key(|&(id, _)| id);
+        let bucket = |at: At| &self.buckets[at.bucket()];
+        Rows {
+            ids: found.iter().map(|&(id, _)| id).collect(),
+            w: found.iter().map(|&(_, at)| bucket(at).w[at.lane()]).collect(),
+            n: found.iter().map(|&(_, at)| bucket(at).n[at.lane()]).collect(),
+            z: self.z.as_ref().map(|z| found.iter().map(|&(_, at)| z[at.bucket()][at.lane()]).collect()),
+            touched: found.iter().map(|&(_, at)| bucket(at).touched[at.lane()]).collect(),
+        }
+    }
+
+    /// The table that holds `rows`; it has `z` where `rows` has. Refuses columns of unequal length, ids that are 0 or not
+    /// strictly ascending, and numbers that no training gives (not finite, a negative `n`).
+    pub fn from_rows(rows: &Rows) -> Result<Self, Error> {
+        let refuse = |what: String| Err(Error::State { part: "logistic rows", what });
+        let count = rows.ids.len();
+        let z = rows.z.as_deref();
+        if [rows.w.len(), rows.n.len(), rows.touched.len(), z.map_or(count, <[f32]>::len)] != [count; 4] {
+            return refuse(format!("columns of unequal length beside {count} ids"));
+        }
+        let mut table = Self::with_capacity(count, z.is_some());
+        let mut before = 0;
+        for (i, &id) in rows.ids.iter().enumerate() {
+            if id <= before {
+                return refuse(format!("id {id:016x} at row {i} is not above the one before, {before:016x}"));
+            }
+            before = id;
+            let (w, n, z) = (rows.w[i], rows.n[i], z.map_or(0.0, |z| z[i]));
+            if !(w.is_finite() && n.is_finite() && n >= 0.0 && z.is_finite()) {
+                return refuse(format!("row {id:016x} holds w {w}, n {n}, z {z}"));
+            }
+            let at = table.insert_new(id);
+            let row = table.row(at);
+            (*row.w, *row.n, *row.touched) = (w, n, rows.touched[i]);
+            if rows.z.is_some() {
+                *table.z(at) = z;
+            }
+        }
+        Ok(table)
+    }
+}
+
+/// Buckets that take `rows` rows at a load of 0.6.
+fn buckets_for(rows: usize) -> usize {
+    (rows * 5).div_ceil(9)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::HashMap;
+    use xxhash_rust::xxh3::xxh3_64;
+
+    fn id(i: u32) -> u64 {
+        xxh3_64(&i.to_le_bytes()).max(1)
+    }
+
+    proptest! {
+        #[test]
+        fn a_table_holds_what_a_hash_map_holds(
+            // Few distinct ids, so that they repeat; some lie close together or at the ends, so that probing wraps.
+            touches in prop::collection::vec((prop_oneof![(0u32..400).prop_map(id), 1u64..40, u64::MAX - 40..=u64::MAX], 0u32..9), 0..900),
+            with_z in any::<bool>(),
+            block in 1usize..50,
+        ) {
+            let mut table = Table::new(with_z);
+            let mut oracle: HashMap<u64, (f32, f32, u32)> = HashMap::new();
+            for touches in touches.chunks(block) {
+                table.reserve(touches.len());
+                for &(id, batch) in touches {
+                    prop_assert_eq!(table.find(id) != At::NONE, oracle.contains_key(&id));
+                    let at = table.find_or_insert(id);
+                    let row = table.row(at);
+                    *row.w += 1.5;
+                    *row.n += 1.0;
+                    *row.touched = batch;
+                    if with_z {
+                        *table.z(at) -= 1.0;
+                    }
+                    let (w, n, touched) = oracle.entry(id).or_default();
+                    (*w, *n, *touched) = (*w + 1.5, *n + 1.0, batch);
+                }
+            }
+            prop_assert_eq!(table.len(), oracle.len());
+            prop_assert!(table.len() <= table.capacity());
+            let mut expected: Vec<_> = oracle.into_iter().collect();
+            expected.sort_by_key(|&(id, _)| id);
+            let rows = table.rows();
+            for (i, (id, (w, n, touched))) in expected.iter().enumerate() {
+                prop_assert_eq!((rows.ids[i], rows.w[i], rows.n[i], rows.touched[i]), (*id, *w, *n, *touched));
+                prop_assert_eq!(table.w(table.find(*id)), *w);
+            }
+            if let Some(z) = &rows.z {
+                prop_assert!(z.iter().zip(&rows.n).all(|(z, n)| *z == -n));
+            }
+            prop_assert_eq!(rows.z.is_some(), with_z);
+
+            let late = table.rows_touched_after(4);
+            prop_assert_eq!(late.ids, expected.iter().filter(|(_, row)| row.2 > 4).map(|(id, _)| *id).collect::<Vec<_>>());
+
+            let again = Table::from_rows(&rows).unwrap();
+            prop_assert_eq!(again.rows(), rows);
+        }
+    }
+
+    #[test]
+    fn a_damaged_column_is_refused_with_its_row() {
+        let good = Rows { ids: vec![5, 9], w: vec![0.5, 1.0], n: vec![1.0, 2.0], z: None, touched: vec![1, 1] };
+        assert!(Table::from_rows(&good).is_ok());
+        let refused = |change: fn(&mut Rows)| {
+            let mut rows = good.clone();
+            change(&mut rows);
+            Table::from_rows(&rows).err().map(|error| error.to_string()).unwrap_or_default()
+        };
+        assert!(refused(|rows| rows.w[1] = f32::NAN).contains("row 0000000000000009 holds w NaN"));
+        assert!(refused(|rows| rows.n[0] = -1.0).contains("n -1"));
+        assert!(refused(|rows| rows.ids[0] = 9).contains("at row 1 is not above"));
+        assert!(refused(|rows| rows.ids[0] = 0).contains("at row 0 is not above"));
+        assert!(refused(|rows| rows.touched.push(0)).contains("unequal length"));
+    }
+}

@@ -1,1 +1,282 @@
-//! Progressive validation.
+//! Progressive validation: every example is scored before the model learns from it, so these are the metrics of a model
+//! of age zero, on data that it has never seen. What serves is older, and a little worse.
+//!
+//! All sums are f64 in the order of the examples, so equal streams give equal bytes. A negative that was kept at rate r
+//! counts 1/r times its weight, so every figure is about the whole stream.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::event::{Example, Time};
+use crate::model::logistic::Outcome;
+
+/// The histogram for AUC covers logits of -16 to 16 in bins of 1/256; what lies beyond enters the outermost bins.
+const BINS: usize = 8192;
+const FIRST_BIN: f32 = -16.0;
+const BINS_PER_LOGIT: f32 = 256.0;
+/// First word of an exported state.
+const FORMAT: u64 = 0x7072_6f67_0000_0001;
+
+/// The `[metrics]` part of the config.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// Length of the windows of event time that metrics are also given for, each aligned to a multiple of it. Default 1h.
+    #[serde(with = "humantime_serde")]
+    pub window: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { window: Duration::from_secs(60 * 60) }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("`metrics.window` must be at least 1ms, got {0:?}")]
+    Window(Duration),
+    #[error("the stored metrics do not fit: {0}; they are damaged or of another version, take an older checkpoint")]
+    State(&'static str),
+}
+
+/// Metrics of a set of examples. `None` where the set does not define them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Metrics {
+    pub examples: u64,
+    pub positives: u64,
+    /// Sum of weights; the number of impressions that the examples stand for.
+    pub weight: f64,
+    /// Weighted share of positives.
+    pub ctr: Option<f64>,
+    /// Mean of -ln p(label), weighted, in nats.
+    pub logloss: Option<f64>,
+    /// Log loss over the entropy of `ctr`: below 1 is better than the best constant (He et al., ADKDD 2014).
+    pub normalised_entropy: Option<f64>,
+    /// Probability that a positive scores above a negative, equal scores half.
+    pub auc: Option<f64>,
+    /// `auc` is off by no more than this: half the weight of the pairs that share a bin of the histogram (1/256 of
+    /// a logit; one bin each below -16 and above 16).
+    pub auc_error: Option<f64>,
+    /// Clicks predicted over clicks seen.
+    pub calibration: Option<f64>,
+}
+
+/// Metrics of the examples with `start <= time < end`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Window {
+    pub start: Time,
+    pub end: Time,
+    pub metrics: Metrics,
+}
+
+/// The metrics so far.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Report {
+    /// Of all examples.
+    pub cumulative: Metrics,
+    /// Of the window that is still open.
+    pub open: Option<Window>,
+}
+
+#[derive(Clone, PartialEq)]
+struct Sums {
+    examples: u64,
+    positives: u64,
+    weight: f64,
+    clicks: f64,
+    predicted: f64,
+    loss: f64,
+    /// Weights of negatives and positives by logit.
+    bins: Vec<[f64; 2]>,
+}
+
+impl Sums {
+    fn new() -> Self {
+        let (weight, clicks, predicted, loss) = (0.0, 0.0, 0.0, 0.0);
+        Self { examples: 0, positives: 0, weight, clicks, predicted, loss, bins: vec![[0.0; 2]; BINS] }
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.examples += other.examples;
+        self.positives += other.positives;
+        self.weight += other.weight;
+        self.clicks += other.clicks;
+        self.predicted += other.predicted;
+        self.loss += other.loss;
+        for (sum, more) in self.bins.iter_mut().zip(&other.bins) {
+            sum[0] += more[0];
+            sum[1] += more[1];
+        }
+    }
+
+    fn metrics(&self) -> Metrics {
+        let over = |sum: f64, by: f64| (by > 0.0).then(|| sum / by);
+        let ctr = over(self.clicks, self.weight);
+        let logloss = over(self.loss, self.weight);
+        let entropy = ctr
+            .filter(|ctr| *ctr > 0.0 && *ctr < 1.0)
+            .map(|ctr| -ctr * libm::log(ctr) - (1.0 - ctr) * libm::log1p(-ctr));
+        let (mut negatives, mut positives, mut above, mut shared) = (0.0, 0.0, 0.0, 0.0);
+        for &[negative, positive] in &self.bins {
+            above += positive * negatives;
+            shared += positive * negative;
+            negatives += negative;
+            positives += positive;
+        }
+        let pairs = positives * negatives;
+        Metrics {
+            examples: self.examples,
+            positives: self.positives,
+            weight: self.weight,
+            ctr,
+            logloss,
+            normalised_entropy: logloss.zip(entropy).map(|(loss, entropy)| loss / entropy),
+            auc: over(above + shared / 2.0, pairs),
+            auc_error: over(shared / 2.0, pairs),
+            calibration: over(self.predicted, self.clicks),
+        }
+    }
+
+    fn export(&self, words: &mut Vec<u64>) {
+        words.extend([self.examples, self.positives]);
+        words.extend([self.weight, self.clicks, self.predicted, self.loss].map(f64::to_bits));
+        let used = || self.bins.iter().enumerate().filter(|(_, bin)| **bin != [0.0; 2]);
+        words.push(used().count() as u64);
+        words.extend(used().flat_map(|(at, bin)| [at as u64, bin[0].to_bits(), bin[1].to_bits()]));
+    }
+
+    fn import(words: &mut impl Iterator<Item = u64>) -> Result<Self, Error> {
+        let mut next = || words.next().ok_or(Error::State("they end early"));
+        let mut sums = Self::new();
+        (sums.examples, sums.positives) = (next()?, next()?);
+        for sum in [&mut sums.weight, &mut sums.clicks, &mut sums.predicted, &mut sums.loss] {
+            *sum = f64::from_bits(next()?);
+        }
+        for _ in 0..next()? {
+            let bin = sums.bins.get_mut(next()? as usize).ok_or(Error::State("a bin lies outside of the histogram"))?;
+            *bin = [f64::from_bits(next()?), f64::from_bits(next()?)];
+        }
+        Ok(sums)
+    }
+}
+
+/// Takes scores with their labels, in order, and keeps the metrics of all of them and of windows of event time.
+pub struct Progressive {
+    window_ms: i64,
+    /// All closed windows together.
+    closed: Sums,
+    open: Sums,
+    /// Which multiple of the window is open.
+    index: Option<i64>,
+    finished: Vec<Window>,
+    /// The offset seen last and its exponential, 1/r: it hardly ever changes.
+    offset: (f32, f64),
+}
+
+impl Progressive {
+    pub fn new(settings: &Settings) -> Result<Self, Error> {
+        let window_ms = i64::try_from(settings.window.as_millis()).unwrap_or(0);
+        if window_ms == 0 {
+            return Err(Error::Window(settings.window));
+        }
+        let (closed, open) = (Sums::new(), Sums::new());
+        Ok(Self { window_ms, closed, open, index: None, finished: Vec::new(), offset: (0.0, 1.0) })
+    }
+
+    /// Counts what the model said of an example before it learned from it; a quarantined one does not count. Windows follow
+    /// `example.time`, which must not fall: an example from before the open window counts into that.
+    pub fn observe(&mut self, outcome: &Outcome, example: &Example<'_>) {
+        if outcome.quarantined {
+            return;
+        }
+        let index = example.time.0.div_euclid(self.window_ms);
+        if self.index.is_none_or(|open| open < index) {
+            self.close();
+            self.index = Some(index);
+        }
+        let Outcome { logit, e, .. } = *outcome;
+        let mut weight = f64::from(example.weight);
+        if !example.positive && example.sampling_offset != 0.0 {
+            if example.sampling_offset != self.offset.0 {
+                self.offset = (example.sampling_offset, libm::exp(f64::from(example.sampling_offset)));
+            }
+            weight *= self.offset.1;
+        }
+        let (x, e) = (f64::from(logit), f64::from(e));
+        let p = if x >= 0.0 { 1.0 } else { e } / (1.0 + e);
+        let wrong = if example.positive { -x } else { x };
+        let loss = wrong.max(0.0) + libm::log1p(e);
+        let clicked = u64::from(example.positive);
+
+        let sums = &mut self.open;
+        sums.examples += 1;
+        sums.positives += clicked;
+        sums.weight += weight;
+        sums.clicks += weight * clicked as f64;
+        sums.predicted += weight * p;
+        sums.loss += weight * loss;
+        // The cast saturates, so what lies outside enters the outermost bins.
+        let bin = (((logit - FIRST_BIN) * BINS_PER_LOGIT) as usize).min(BINS - 1);
+        sums.bins[bin][usize::from(example.positive)] += weight;
+    }
+
+    fn close(&mut self) {
+        if let Some(window) = self.open_window() {
+            self.finished.push(window);
+            self.closed.add(&self.open);
+            self.open = Sums::new();
+        }
+    }
+
+    fn open_window(&self) -> Option<Window> {
+        let start = self.index?.saturating_mul(self.window_ms);
+        let end = start.saturating_add(self.window_ms);
+        Some(Window { start: Time(start), end: Time(end), metrics: self.open.metrics() })
+    }
+
+    /// The metrics so far.
+    #[must_use]
+    pub fn report(&self) -> Report {
+        let mut all = self.closed.clone();
+        all.add(&self.open);
+        Report { cumulative: all.metrics(), open: self.open_window() }
+    }
+
+    /// The windows that were closed since the last call, oldest first. A window without examples does not appear.
+    pub fn take_closed_windows(&mut self) -> Vec<Window> {
+        std::mem::take(&mut self.finished)
+    }
+
+    /// All that later metrics depend on, exactly. Closed windows that were not taken are not part of it: take them first.
+    #[must_use]
+    pub fn export(&self) -> Vec<u64> {
+        let mut words = vec![FORMAT, self.window_ms as u64, u64::from(self.index.is_some())];
+        words.push(self.index.unwrap_or(0) as u64);
+        self.closed.export(&mut words);
+        self.open.export(&mut words);
+        words
+    }
+
+    /// Goes on from exported words. A window length other than the stored one is refused: it is part of the state.
+    pub fn import(settings: &Settings, words: &[u64]) -> Result<Self, Error> {
+        let mut made = Self::new(settings)?;
+        let mut words = words.iter().copied();
+        let mut next = || words.next().ok_or(Error::State("they end early"));
+        if next()? != FORMAT {
+            return Err(Error::State("unknown format"));
+        }
+        if next()? != made.window_ms as u64 {
+            return Err(Error::State("`metrics.window` was another when they were stored"));
+        }
+        let (open, index) = (next()?, next()? as i64);
+        made.index = (open == 1).then_some(index);
+        made.closed = Sums::import(&mut words)?;
+        made.open = Sums::import(&mut words)?;
+        match words.next() {
+            None => Ok(made),
+            Some(_) => Err(Error::State("something follows their end")),
+        }
+    }
+}
