@@ -86,9 +86,8 @@ pub struct Files {
 impl Settings {
     /// Checks the settings found under `key` (such as `impressions.source`), and finds the files.
     pub fn check(&self, key: &str) -> Result<Files, Error> {
-        let refuse = |name: &str, expected, value: String| {
-            Err(Error::Setting { key: format!("{key}.{name}"), expected, value })
-        };
+        let refuse =
+            |name: &str, expected, value: String| Err(Error::Setting { key: format!("{key}.{name}"), expected, value });
         if self.paths.is_empty() {
             return refuse("paths", "a list of at least one file", "[]".into());
         }
@@ -727,8 +726,8 @@ impl Reader {
             if self.offset == 0
                 && let Input::Plain(file) = &self.input
             {
+                self.length = file.metadata().map_err(unreadable)?.len();
                 self.input = Input::of(file.try_clone().map_err(unreadable)?).map_err(unreadable)?;
-                self.length = length;
             }
             if let Input::Plain(file) = &self.input {
                 self.verify(file)?;

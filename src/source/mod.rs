@@ -84,3 +84,6 @@ pub enum Error {
     #[error("cannot start a thread to {what}: {source}; raise the limit on threads or read fewer files")]
     Thread { what: String, source: io::Error },
 }
+
+#[cfg(test)]
+mod tests;

@@ -36,6 +36,7 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[derive(Clone, Default)]
 pub struct Recycler {
     // Grows to the most chunks that were ever alive at once, which the queues bound.
+    #[expect(clippy::vec_box, reason = "the box travels on, with its address and its memory")]
     chunks: Arc<Mutex<Vec<Box<Chunk>>>>,
 }
 
@@ -205,7 +206,8 @@ impl Drop for Ticket {
     fn drop(&mut self) {
         if !self.filled {
             let (at, message) = ("reader or decoder".into(), "a block was never decoded".into());
-            self.queue.fill(self.place, Arrival::Failed(Error::Panicked { file: self.file.to_path_buf(), at, message }));
+            self.queue
+                .fill(self.place, Arrival::Failed(Error::Panicked { file: self.file.to_path_buf(), at, message }));
         }
     }
 }
