@@ -1,1 +1,6 @@
-//! app
+//! Wiring: builds the stages from the last to the first; owns threads, channels and shutdown.
+
+pub mod dead_letters;
+pub mod keeper;
+pub mod publisher;
+pub mod train;

@@ -626,6 +626,7 @@ impl Reader {
             }
             chunk.next = self.next();
             chunk.bytes = self.offset - long.start;
+            chunk.seal();
             self.reserve()?.fill(Arrival::Records(chunk));
         }
         Ok(())

@@ -350,6 +350,7 @@ fn decode_lines(job: &Job, decoder: &mut dyn Decode, at: &mut u64, chunk: &mut C
     debug_assert_eq!(before, job.next.before);
     chunk.next = job.next;
     chunk.bytes = bytes.len() as u64;
+    chunk.seal();
 }
 
 /// A line without the `\r` of its line end.
@@ -395,6 +396,7 @@ pub(super) fn reject_long(out: &mut Chunk, offset: u64, before: Fingerprint, hea
         text_start: out.text.len() as u32,
         text_len: text.len() as u32,
         before: before.0,
+        content: 0,
         kind: Kind::Rejected,
     });
     out.text.extend_from_slice(text);

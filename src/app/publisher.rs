@@ -1,0 +1,243 @@
+//! The publishing thread: takes the newest image, turns it into weights, and publishes it.
+
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use crate::config::Checked;
+use crate::event::Slot;
+use crate::snapshot::manifest::PartitionPosition;
+use crate::snapshot::{self, Facts, Golden, ModelInfo, Outcome, Publisher, Remedy, Version, Weights};
+use crate::telemetry;
+use crate::train::core::Image;
+use crate::train::image;
+use crate::train::progressive;
+
+/// What is to be published: the state at a boundary, and fresh examples to prove the weights with.
+pub struct Job {
+    pub image: Image,
+    pub report: progressive::Report,
+    pub golden: Vec<Vec<Slot>>,
+    pub default_rows: Vec<u64>,
+}
+
+#[derive(Default)]
+struct State {
+    slot: Option<Job>,
+    busy: bool,
+    closed: bool,
+    last: Option<Version>,
+    /// Publishing is over for good: fenced, or a person is needed.
+    stopped: Option<String>,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+/// Hands images to the publishing thread. A newer image replaces one that was not taken yet.
+pub struct Handle {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Why publishing cannot start or has stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Snapshot(#[from] snapshot::Error),
+    #[error("cannot start the publishing thread: {0}")]
+    Thread(#[from] std::io::Error),
+    #[error("publishing has stopped: {0}")]
+    Stopped(String),
+}
+
+impl Handle {
+    /// Takes the channel (which fences any other writer) and starts the thread.
+    pub fn start(checked: &Checked, settings: &snapshot::Settings) -> Result<Self, Error> {
+        let plan = settings.check()?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let model = ModelInfo {
+            kind: "logistic".to_owned(),
+            config: serde_json::to_value(&checked.config.model).expect("plain data"),
+            schema: serde_json::from_str(&checked.schema.to_json()).expect("the schema writes JSON"),
+            schema_hash: checked.schema.hash(),
+        };
+        let store = plan.open()?;
+        let publisher = runtime.block_on(Publisher::open(store, &plan, checked.lineage(), model))?;
+        let shared = Arc::new(Shared::default());
+        lock(&shared).last = publisher.newest().map(|(version, _)| version);
+        let (ours, window) = (Arc::clone(&shared), checked.join.window);
+        let body = move || run(&ours, publisher, &runtime, window);
+        let thread = thread::Builder::new().name("publish".into()).spawn(body)?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Puts a job into the slot. An error means that publishing has stopped for good.
+    pub fn offer(&self, job: Job) -> Result<(), Error> {
+        let mut state = lock(&self.shared);
+        if let Some(why) = &state.stopped {
+            return Err(Error::Stopped(why.clone()));
+        }
+        state.slot = Some(job);
+        self.shared.changed.notify_all();
+        Ok(())
+    }
+
+    /// Whether a job is waiting or being published.
+    #[must_use]
+    pub fn busy(&self) -> bool {
+        let state = lock(&self.shared);
+        state.busy || state.slot.is_some()
+    }
+
+    /// The newest version published in this lineage.
+    #[must_use]
+    pub fn last(&self) -> Option<Version> {
+        lock(&self.shared).last
+    }
+
+    /// Waits until the slot is empty and the thread has ended.
+    pub fn finish(mut self) -> Result<Option<Version>, Error> {
+        self.close();
+        let state = lock(&self.shared);
+        match &state.stopped {
+            Some(why) => Err(Error::Stopped(why.clone())),
+            None => Ok(state.last),
+        }
+    }
+
+    fn close(&mut self) {
+        lock(&self.shared).closed = true;
+        self.shared.changed.notify_all();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            lock(&self.shared).stopped = Some("its thread panicked; this is a bug of tidemill".into());
+        }
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+fn lock(shared: &Shared) -> std::sync::MutexGuard<'_, State> {
+    shared.state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How often a failed publish is tried before the job waits for the next mark.
+const TRIES: u32 = 3;
+
+fn run(shared: &Shared, mut publisher: Publisher, runtime: &tokio::runtime::Runtime, window: i64) {
+    loop {
+        let job = {
+            let mut state = lock(shared);
+            loop {
+                if let Some(job) = state.slot.take() {
+                    state.busy = true;
+                    break job;
+                }
+                if state.closed {
+                    return;
+                }
+                state = shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+        };
+        let result = publish(&mut publisher, runtime, job, window);
+        let mut state = lock(shared);
+        state.busy = false;
+        match result {
+            Ok(Outcome::Published(version)) => {
+                state.last = Some(version);
+                telemetry::published(version.0);
+            }
+            Ok(Outcome::Behind { newest }) => {
+                tracing::info!(newest = newest.0, "this stretch is already published; waiting until it is passed");
+            }
+            Ok(Outcome::Fenced { by }) => {
+                tracing::error!(epoch = by.0, "another trainer has taken the channel; this one publishes no more");
+                state.stopped = Some(format!("another trainer has taken the channel with epoch {by}"));
+            }
+            Err(error) => {
+                telemetry::publish_failed();
+                tracing::error!(error = %chain(&error), "a snapshot could not be published; training goes on");
+                if error.remedy() == Remedy::Stop {
+                    state.stopped = Some(chain(&error));
+                }
+            }
+        }
+    }
+}
+
+fn publish(
+    publisher: &mut Publisher,
+    runtime: &tokio::runtime::Runtime,
+    job: Job,
+    window: i64,
+) -> snapshot::Result<Outcome> {
+    let image = &job.image;
+    let model = image.model.clone().sorted();
+    let digests = image::digests(image, &model, window);
+    let weights =
+        Weights::new(model.rows.ids, model.rows.w, model.intercept.w as f32, job.default_rows.clone())?;
+    let golden = golden(&job, &weights);
+    let counts = serde_json::to_value(image.counts).expect("plain data");
+    let counts = counts.as_object().into_iter().flatten().filter_map(|(k, v)| Some((k.clone(), v.as_u64()?)));
+    let facts = Facts {
+        frontier_time: image.place.frontier.map(|key| key.time),
+        positions: image
+            .partitions
+            .iter()
+            .map(|p| PartitionPosition { name: p.name.clone(), stream: p.stream, offset: p.from.offset })
+            .collect(),
+        event_times: image.place.event_times,
+        batch: image.place.batches,
+        counts: counts.collect(),
+        journal: image.journal.iter().map(|entry| serde_json::to_string(entry).expect("plain data")).collect(),
+        metrics: serde_json::to_value(&job.report).expect("plain data"),
+        model_digest: digests.model,
+        order_digest: digests.order,
+    };
+    let mut wait = std::time::Duration::from_millis(200);
+    for attempt in 1.. {
+        match runtime.block_on(publisher.publish(&weights, facts.clone(), &golden)) {
+            Err(error) if error.remedy() == Remedy::Retry && attempt < TRIES => {
+                tracing::warn!(error = %chain(&error), attempt, "publishing failed, trying again");
+                thread::sleep(wait);
+                wait *= 4;
+            }
+            done => return done,
+        }
+    }
+    unreachable!("the last attempt returns")
+}
+
+/// Fresh examples, one of them with ids that no row has, each with the logit of the weights.
+fn golden(job: &Job, weights: &Weights) -> Vec<Golden> {
+    let mut examples = job.golden.clone();
+    if let Some(first) = examples.first().cloned() {
+        examples.push(first.into_iter().map(|slot| Slot { row: unknown(slot.row, weights), ..slot }).collect());
+    }
+    examples.iter().map(|slots| Golden::new(slots, weights.logit(slots))).collect()
+}
+
+/// An id near `row` that has no row.
+fn unknown(row: u64, weights: &Weights) -> u64 {
+    (1..).map(|step| row.wrapping_add(step)).find(|id| *id != 0 && !weights.knows(*id)).expect("fewer than 2^64 rows")
+}
+
+/// An error and its causes on one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
