@@ -1,6 +1,70 @@
-//! snapshot
+//! Versioned weights in a store: published so that readers see all of a version or none of it.
+//!
+//! [`codec`] turns arrays into canonical bytes, [`manifest`] says what a version holds, [`weights`] is the model as it
+//! travels, [`decide`] holds the rules (pure), [`store`] talks to the store, [`publish`] and [`retain`] use it. The
+//! format and the protocol are written down in `docs/snapshot-format.md`.
 pub mod codec;
 pub mod decide;
 pub mod manifest;
+pub mod publish;
 pub mod retain;
 pub mod store;
+pub mod weights;
+
+pub use manifest::{Epoch, Facts, Golden, Manifest, ModelInfo, Version};
+pub use publish::{Outcome, Publisher, Settings};
+pub use store::{Follower, Snapshot, Store};
+pub use weights::Weights;
+
+/// What went wrong with a snapshot. Each message names the key in the store and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("`snapshots.store` is `{url}`: {reason}")]
+    Address { url: String, reason: String },
+    #[error("`snapshots.{key}` is `{value}`: {expected}")]
+    Setting { key: &'static str, value: String, expected: &'static str },
+    #[error("`{key}` is damaged or foreign: {reason}")]
+    Corrupt { key: String, reason: &'static str, source: codec::Error },
+    #[error(
+        "`{key}` is not in the store, but {named_by} needs it; it was deleted by hand or by retention: take a newer version, or publish anew"
+    )]
+    Missing { key: String, named_by: String },
+    #[error("`{key}`: {reason}; move the object away and publish anew")]
+    Content { key: String, reason: String },
+    #[error("`{key}` already holds other bytes than its name says: move it away, then publish again")]
+    Collision { key: String },
+    #[error(
+        "no space left for `{key}`; nothing published was touched: free space or lower `snapshots.keep`, it is tried again at the next mark"
+    )]
+    Full { key: String, source: object_store::Error },
+    #[error("the store did not answer for `{key}`; it is tried again")]
+    Unavailable { key: String, source: object_store::Error },
+    #[error("refusing to publish: {0}")]
+    Unfit(String),
+}
+
+/// What the caller does about an [`Error`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Remedy {
+    /// A person is needed; going on would not help.
+    Stop,
+    /// This version cannot be used; the one in use goes on, the next may be good.
+    SkipVersion,
+    /// The same call may succeed later.
+    Retry,
+}
+
+impl Error {
+    #[must_use]
+    pub fn remedy(&self) -> Remedy {
+        match self {
+            Self::Address { .. } | Self::Setting { .. } | Self::Collision { .. } => Remedy::Stop,
+            // Without its entry nobody knows what the channel says or who may write it.
+            Self::Corrupt { key, .. } if key.starts_with("channels/") => Remedy::Stop,
+            Self::Corrupt { .. } | Self::Missing { .. } | Self::Content { .. } | Self::Unfit(_) => Remedy::SkipVersion,
+            Self::Full { .. } | Self::Unavailable { .. } => Remedy::Retry,
+        }
+    }
+}
+
+pub type Result<T> = std::result::Result<T, Error>;

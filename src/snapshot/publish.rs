@@ -1,0 +1,297 @@
+//! The writer of a channel: takes an epoch, then publishes payload, manifest and channel entry, in this order.
+
+use std::hash::{BuildHasher, Hasher};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::decide::{self, Standing, Writer};
+use super::manifest::{
+    Build, Document, Entry, Epoch, Facts, Golden, Kind, MANIFEST_FORMAT, Manifest, ModelInfo, ObjectRef,
+};
+use super::manifest::{PAYLOAD_FORMAT, Version};
+use super::store::{Created, Store, document, entry_key, manifest_key, object_key};
+use super::weights::{self, Weights};
+use super::{Error, Result};
+use crate::clock;
+
+/// Where snapshots go, and how long they stay.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// Directory, or `file://` and an absolute path. Default `snapshots`, in the working directory.
+    pub store: String,
+    /// Channel that names the version to serve: letters, digits, `-` and `_`. Default `live`.
+    pub channel: String,
+    /// How many of the newest versions stay. At least 1. Default 10.
+    pub keep: usize,
+    /// Nothing younger is ever deleted; longer than a publish or a load can take. Default `15m`.
+    #[serde(with = "humantime_serde")]
+    pub grace: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            store: "snapshots".to_owned(),
+            channel: "live".to_owned(),
+            keep: 10,
+            grace: Duration::from_secs(15 * 60),
+        }
+    }
+}
+
+/// [`Settings`] that were checked.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Plan {
+    pub(super) store: String,
+    pub(super) channel: String,
+    pub(super) keep: usize,
+    pub(super) grace_ms: i64,
+}
+
+impl Settings {
+    pub fn check(&self) -> Result<Plan> {
+        check_channel(&self.channel)?;
+        if self.keep == 0 {
+            return Err(Error::Setting { key: "keep", value: "0".to_owned(), expected: "at least 1" });
+        }
+        let Ok(grace_ms) = i64::try_from(self.grace.as_millis()) else {
+            return Err(Error::Setting { key: "grace", value: format!("{:?}", self.grace), expected: "less" });
+        };
+        Ok(Plan { store: self.store.clone(), channel: self.channel.clone(), keep: self.keep, grace_ms })
+    }
+}
+
+impl Plan {
+    /// Opens the store for writing.
+    pub fn open(&self) -> Result<Store> {
+        Store::create(&self.store)
+    }
+}
+
+/// Refuses names that are not a single plain part of a key.
+pub fn check_channel(name: &str) -> Result<()> {
+    if !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_') {
+        return Ok(());
+    }
+    Err(Error::Setting {
+        key: "channel",
+        value: name.to_owned(),
+        expected: "letters, digits, `-` and `_`, at least one",
+    })
+}
+
+/// How a publish ended when nothing failed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// The channel names this version.
+    Published(Version),
+    /// Another trainer took the channel. This one must not publish any more.
+    Fenced { by: Epoch },
+    /// The lineage has published this batch or a later one: a trainer that goes over its log again after a crash waits
+    /// until it has passed it.
+    Behind { newest: Version },
+}
+
+/// The writer of a channel. There is one at a time: opening a second one fences the first.
+#[derive(Debug)]
+pub struct Publisher {
+    store: Store,
+    writer: Writer,
+    lineage: String,
+    model: ModelInfo,
+    /// Number of the newest entry of the channel that we know.
+    last: u64,
+    /// What that entry names, and its last batch if it is of our lineage.
+    live: Option<(Version, Option<u64>)>,
+    /// Our lineage's newest version and its last batch.
+    newest: Option<(Version, u64)>,
+    /// The version to try next.
+    next: Version,
+}
+
+impl Publisher {
+    /// Takes the channel: finds out what is there and writes an entry with a new epoch and the version unchanged.
+    pub async fn open(store: Store, plan: &Plan, lineage: impl Into<String>, model: ModelInfo) -> Result<Self> {
+        let (lineage, name) = (lineage.into(), random_name());
+        let entry = loop {
+            let last = store.latest(&plan.channel).await?;
+            let entry = decide::take_epoch(last.as_ref(), &plan.channel, &name, clock::now());
+            let key = entry_key(&plan.channel, entry.number);
+            match store.create_only(&key, &[sealed(&key, &entry)?]).await? {
+                Created::Ours => break entry,
+                Created::Taken(_) => tracing::info!(key, "another writer took this entry, taking the next"),
+            }
+        };
+        let writer = Writer { channel: plan.channel.clone(), epoch: entry.epoch, name };
+        let mut publisher =
+            Self { store, writer, lineage, model, last: entry.number, live: None, newest: None, next: Version(1) };
+        publisher.see(&entry).await?;
+        publisher.survey().await?;
+        tracing::info!(channel = plan.channel, epoch = entry.epoch.0, next = publisher.next.0, "took the channel");
+        Ok(publisher)
+    }
+
+    #[must_use]
+    pub fn epoch(&self) -> Epoch {
+        self.writer.epoch
+    }
+
+    /// The newest version of our lineage and its last batch: before that, [`Publisher::publish`] answers `Behind`.
+    #[must_use]
+    pub fn newest(&self) -> Option<(Version, u64)> {
+        self.newest
+    }
+
+    /// Publishes a version. Payload first, then the manifest, which is the commit point, then the channel's entry; each is
+    /// created only if absent. `golden` are fresh examples with the logits of the live model; what is written are the
+    /// logits of `weights`, and it is an error if the two differ.
+    ///
+    /// After an error the store is as before or holds objects that nothing names; the call may be repeated, with these or
+    /// newer weights. A version whose manifest was written and whose entry was not is not used again.
+    pub async fn publish(&mut self, weights: &Weights, facts: Facts, golden: &[Golden]) -> Result<Outcome> {
+        if let Some(by) = self.catch_up().await? {
+            return Ok(Outcome::Fenced { by });
+        }
+        let live = self.live.and_then(|(_, batch)| batch);
+        if !decide::goes_forward(facts.batch, self.newest.map(|(_, batch)| batch), live) {
+            let newest = self.newest.or(self.live.map(|(version, _)| (version, 0))).expect("something is ahead").0;
+            return Ok(Outcome::Behind { newest });
+        }
+        weights::prove(golden, weights.default_rows().len(), |slots| weights.logit(slots))
+            .map_err(|reason| Error::Unfit(format!("the model and what was exported from it differ: {reason}")))?;
+        let golden = golden.iter().map(|g| Golden::new(&g.slots(), weights.logit(&g.slots()))).collect();
+
+        let (object, reused) = self.put_payload(weights).await?;
+        let manifest = Manifest {
+            format: MANIFEST_FORMAT.to_owned(),
+            version: self.next,
+            parent: self.live.map(|(version, _)| version),
+            epoch: self.writer.epoch,
+            writer: self.writer.name.clone(),
+            lineage: self.lineage.clone(),
+            created: clock::now(),
+            kind: Kind::Full,
+            objects: vec![object.clone()],
+            rows: weights.ids().len() as u64,
+            facts,
+            model: self.model.clone(),
+            build: Build::this(),
+            golden,
+        };
+        let (version, batch) = self.put_manifest(manifest).await?;
+        // Retention of another writer may have found a payload of an old version unneeded just before we named it.
+        if reused && !self.store.exists(&object.name).await? {
+            self.put_payload(weights).await?;
+        }
+        self.put_entry(version, batch).await
+    }
+
+    async fn put_payload(&self, weights: &Weights) -> Result<(ObjectRef, bool)> {
+        let encoded = weights.to_arrays().encode(PAYLOAD_FORMAT).map_err(|e| Error::Unfit(e.to_string()))?;
+        let key = object_key(encoded.digest);
+        let reused = self.store.exists(&key).await?;
+        match self.store.create_only(&key, &encoded.pieces).await? {
+            Created::Ours => Ok((ObjectRef { name: key, length: encoded.length, digest: encoded.digest }, reused)),
+            Created::Taken(_) => Err(Error::Collision { key }),
+        }
+    }
+
+    async fn put_manifest(&mut self, mut manifest: Manifest) -> Result<(Version, u64)> {
+        loop {
+            manifest.version = self.next;
+            let key = manifest_key(self.next);
+            let created = self.store.create_only(&key, &[sealed(&key, &manifest)?]).await?;
+            // Taken by an earlier attempt of ours, or by the writer of another channel.
+            self.next = Version(self.next.0 + 1);
+            if created == Created::Ours {
+                self.newest = Some((manifest.version, manifest.facts.batch));
+                return Ok((manifest.version, manifest.facts.batch));
+            }
+        }
+    }
+
+    async fn put_entry(&mut self, version: Version, batch: u64) -> Result<Outcome> {
+        loop {
+            let entry = decide::next_entry(self.last, &self.writer, Some(version), clock::now());
+            let key = entry_key(&self.writer.channel, entry.number);
+            match self.store.create_only(&key, &[sealed(&key, &entry)?]).await? {
+                Created::Ours => {
+                    self.last = entry.number;
+                    self.live = Some((version, Some(batch)));
+                    return Ok(Outcome::Published(version));
+                }
+                Created::Taken(found) => {
+                    let found: Entry = document(&key, &found)?;
+                    if let Standing::Fenced { by } = decide::standing(&self.writer, &found) {
+                        return Ok(Outcome::Fenced { by });
+                    }
+                    self.see(&found).await?;
+                }
+            }
+        }
+    }
+
+    /// Reads the entries that came after those we know. Returns the epoch that fences us, if there is one.
+    async fn catch_up(&mut self) -> Result<Option<Epoch>> {
+        while let Some(entry) = self.store.entry(&self.writer.channel, self.last + 1).await? {
+            if let Standing::Fenced { by } = decide::standing(&self.writer, &entry) {
+                return Ok(Some(by));
+            }
+            self.see(&entry).await?;
+        }
+        Ok(None)
+    }
+
+    /// Takes note of an entry.
+    async fn see(&mut self, entry: &Entry) -> Result<()> {
+        self.live = match entry.version {
+            None => None,
+            Some(version) => {
+                let manifest = self.readable(version).await?;
+                Some((version, manifest.filter(|m| m.lineage == self.lineage).map(|m| m.facts.batch)))
+            }
+        };
+        self.last = entry.number;
+        Ok(())
+    }
+
+    /// Finds the next version and our lineage's newest.
+    async fn survey(&mut self) -> Result<()> {
+        let versions = self.store.versions().await?;
+        let highest = versions.last_key_value().map(|(version, _)| *version).max(self.live.map(|(version, _)| version));
+        self.next = Version(highest.map_or(0, |version| version.0) + 1);
+        for version in versions.into_keys().rev() {
+            if let Some(manifest) = self.readable(version).await?.filter(|m| m.lineage == self.lineage) {
+                self.newest = Some((version, manifest.facts.batch));
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// A manifest, or none if it is damaged or gone: that must not keep a trainer from publishing better ones.
+    async fn readable(&self, version: Version) -> Result<Option<Manifest>> {
+        match self.store.manifest(version, "the channel").await {
+            Ok(manifest) => Ok(Some(manifest)),
+            Err(e @ Error::Unavailable { .. }) => Err(e),
+            Err(e) => {
+                tracing::error!(error = %e, "a version in the store cannot be used; publishing goes on after it");
+                Ok(None)
+            }
+        }
+    }
+}
+
+fn sealed(key: &str, document: &impl Document) -> Result<bytes::Bytes> {
+    document.to_bytes().map(Into::into).map_err(|e| Error::Unfit(format!("`{key}` cannot be written: {e}")))
+}
+
+/// 16 hex digits that no other process has: by them a writer knows its own writes. Nothing that is learned depends on it.
+fn random_name() -> String {
+    let mut hasher = std::collections::hash_map::RandomState::new().build_hasher();
+    hasher.write_u32(std::process::id());
+    hasher.write_i64(clock::now().0);
+    format!("{:016x}", hasher.finish())
+}

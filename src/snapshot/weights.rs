@@ -1,0 +1,235 @@
+//! The logistic model as it travels: sorted ids with their weights, and how a score is computed from them.
+
+use super::codec::{Arrays, Error, Result};
+use super::manifest::Golden;
+use crate::event::Slot;
+
+const IDS: &str = "logistic.ids";
+const WEIGHTS: &str = "logistic.weights";
+const INTERCEPT: &str = "logistic.intercept";
+const DEFAULT_ROWS: &str = "logistic.default_rows";
+
+/// How far a reader's logit may lie from that of the manifest: absolute up to a logit of 1, relative beyond.
+pub const TOLERANCE: f32 = 1e-5;
+
+/// Everything that scoring needs. Ids are uniform hashes, so the sorted column is its own index.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct Weights {
+    ids: Vec<u64>,
+    weights: Vec<f32>,
+    intercept: f32,
+    default_rows: Vec<u64>,
+    /// Of each feature: the weight of its default row.
+    defaults: Vec<f32>,
+}
+
+impl Weights {
+    /// Checks and keeps a model: `ids` ascending strictly and never 0, one weight for each, all finite; `default_rows`
+    /// names each feature's default row in schema order, which counts as 0 as long as it is not among `ids`.
+    pub fn new(ids: Vec<u64>, weights: Vec<f32>, intercept: f32, default_rows: Vec<u64>) -> Result<Self> {
+        let wrong = |name: &str, expected: &str, found: String| {
+            Err(Error::Wrong { name: name.to_owned(), expected: expected.to_owned(), found })
+        };
+        if weights.len() != ids.len() {
+            return wrong(WEIGHTS, &format!("{} long, like `{IDS}`", ids.len()), weights.len().to_string());
+        }
+        if ids.first() == Some(&0) {
+            return wrong(IDS, "free of 0", "0 at 0".to_owned());
+        }
+        if let Some(at) = ids.windows(2).position(|pair| pair[0] >= pair[1]) {
+            return wrong(IDS, "strictly ascending", format!("{:016x} then {:016x} at {at}", ids[at], ids[at + 1]));
+        }
+        if let Some(at) = weights.iter().position(|w| !w.is_finite()) {
+            return wrong(WEIGHTS, "finite", format!("{} at {at}, row {:016x}", weights[at], ids[at]));
+        }
+        if !intercept.is_finite() {
+            return wrong(INTERCEPT, "finite", intercept.to_string());
+        }
+        let defaults = default_rows.iter().map(|row| find(&ids, *row).map_or(0.0, |at| weights[at])).collect();
+        Ok(Self { ids, weights, intercept, default_rows, defaults })
+    }
+
+    /// Logit of an encoded example: the intercept, then for each slot in its order `weight * value` added, all in f32
+    /// without fused operations. A row that is not there counts as its feature's default row; a feature past the end of
+    /// the default rows, which no example of this schema has, counts as 0.
+    #[must_use]
+    pub fn logit(&self, slots: &[Slot]) -> f32 {
+        slots.iter().fold(self.intercept, |sum, slot| sum + self.weight(slot.row, slot.feature) * slot.value)
+    }
+
+    /// The weight that a row has in a score.
+    #[must_use]
+    pub fn weight(&self, row: u64, feature: u16) -> f32 {
+        match find(&self.ids, row) {
+            Some(at) => self.weights[at],
+            None => self.defaults.get(usize::from(feature)).copied().unwrap_or(0.0),
+        }
+    }
+
+    /// Whether a row has a weight of its own.
+    #[must_use]
+    pub fn knows(&self, row: u64) -> bool {
+        find(&self.ids, row).is_some()
+    }
+
+    /// Row ids, strictly ascending.
+    #[must_use]
+    pub fn ids(&self) -> &[u64] {
+        &self.ids
+    }
+
+    /// Weights beside [`Weights::ids`].
+    #[must_use]
+    pub fn weights(&self) -> &[f32] {
+        &self.weights
+    }
+
+    #[must_use]
+    pub fn intercept(&self) -> f32 {
+        self.intercept
+    }
+
+    /// Row id of each feature's default row, in schema order.
+    #[must_use]
+    pub fn default_rows(&self) -> &[u64] {
+        &self.default_rows
+    }
+
+    #[must_use]
+    pub fn to_arrays(&self) -> Arrays {
+        let mut arrays = Arrays::new();
+        arrays.push_u64(IDS, &[self.ids.len()], &self.ids);
+        arrays.push_f32(WEIGHTS, &[self.weights.len()], &self.weights);
+        arrays.push_f32(INTERCEPT, &[1], &[self.intercept]);
+        arrays.push_u64(DEFAULT_ROWS, &[self.default_rows.len()], &self.default_rows);
+        arrays
+    }
+
+    /// Reads what [`Weights::to_arrays`] wrote: these four arrays, with these types and shapes, and no others.
+    pub fn from_arrays(arrays: &Arrays) -> Result<Self> {
+        let ids = arrays.u64s(IDS)?;
+        let intercept = arrays.f32s(INTERCEPT)?;
+        let default_rows = arrays.u64s(DEFAULT_ROWS)?;
+        for (name, length) in
+            [(IDS, ids.len()), (WEIGHTS, ids.len()), (INTERCEPT, 1), (DEFAULT_ROWS, default_rows.len())]
+        {
+            let shape = arrays.shape(name)?;
+            if shape != [length] {
+                let (expected, found) = (format!("of shape [{length}]"), format!("{shape:?}"));
+                return Err(Error::Wrong { name: name.to_owned(), expected, found });
+            }
+        }
+        if let Some(other) = arrays.iter().find(|a| ![IDS, WEIGHTS, INTERCEPT, DEFAULT_ROWS].contains(&a.name.as_str()))
+        {
+            let (expected, found) = ("absent from a logistic model".to_owned(), "an array".to_owned());
+            return Err(Error::Wrong { name: other.name.clone(), expected, found });
+        }
+        Self::new(ids, arrays.f32s(WEIGHTS)?, intercept[0], default_rows)
+    }
+}
+
+/// Scores the golden vectors with `score` and names the first that is not reproduced within [`TOLERANCE`].
+pub fn prove(
+    golden: &[Golden],
+    features: usize,
+    mut score: impl FnMut(&[Slot]) -> f32,
+) -> std::result::Result<(), String> {
+    for (at, example) in golden.iter().enumerate() {
+        if let Some(slot) = example.slots.iter().find(|slot| usize::from(slot.feature) >= features) {
+            return Err(format!(
+                "golden vector {at} has feature {}, but there are {features} default rows",
+                slot.feature
+            ));
+        }
+        let (expected, found) = (example.logit, score(&example.slots()));
+        // Written so that a NaN on either side is refused.
+        if !((found - expected).abs() <= TOLERANCE * expected.abs().max(1.0)) {
+            return Err(format!("golden vector {at} gives a logit of {found}, expected {expected}"));
+        }
+    }
+    Ok(())
+}
+
+/// Position of `id` among ascending `ids` by interpolation, which takes a few steps among uniform hashes; falls back to
+/// halving, so ids of any distribution are found.
+fn find(ids: &[u64], id: u64) -> Option<usize> {
+    let (mut start, mut end) = (0, ids.len());
+    let (mut low, mut high) = (0, u64::MAX);
+    for _ in 0..4 {
+        if end - start <= 32 || id < low || id > high {
+            break;
+        }
+        let share = (id - low) as f64 / ((high - low) as f64 + 1.0);
+        let guess = (start + (share * (end - start) as f64) as usize).min(end - 1);
+        match ids[guess].cmp(&id) {
+            std::cmp::Ordering::Equal => return Some(guess),
+            std::cmp::Ordering::Less => (start, low) = (guess + 1, ids[guess]),
+            std::cmp::Ordering::Greater => (end, high) = (guess, ids[guess]),
+        }
+    }
+    ids[start..end].binary_search(&id).ok().map(|at| start + at)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn slot(row: u64, value: f32, feature: u16) -> Slot {
+        Slot { row, value, feature, flags: 0 }
+    }
+
+    #[test]
+    fn an_unknown_row_counts_as_its_features_default_row() {
+        let weights = Weights::new(vec![5, 9, 70], vec![1.0, 2.0, 4.0], 0.5, vec![9, 6]).unwrap();
+        assert_eq!(
+            weights.logit(&[slot(5, 2.0, 0), slot(8, 0.5, 0), slot(8, 1.0, 1), slot(70, 1.0, 1)]),
+            0.5 + 2.0 + 1.0 + 4.0
+        );
+    }
+
+    #[test]
+    fn weights_that_cannot_be_served_are_refused_with_row_and_reason() {
+        let text = |r: Result<Weights>| r.unwrap_err().to_string();
+        assert!(text(Weights::new(vec![1, 1], vec![0.0; 2], 0.0, vec![])).contains("strictly ascending"));
+        assert!(text(Weights::new(vec![0, 1], vec![0.0; 2], 0.0, vec![])).contains("free of 0"));
+        assert!(text(Weights::new(vec![1, 2], vec![0.0, f32::NAN], 0.0, vec![])).contains("row 0000000000000002"));
+        assert!(text(Weights::new(vec![], vec![], f32::INFINITY, vec![])).contains("logistic.intercept"));
+        assert!(text(Weights::new(vec![1], vec![], 0.0, vec![])).contains("1 long"));
+        let mut arrays = Weights::default().to_arrays();
+        arrays.push_u8("extra", &[0], &[]);
+        assert!(text(Weights::from_arrays(&arrays)).contains("`extra`"));
+    }
+
+    #[test]
+    fn a_golden_vector_that_is_not_reproduced_is_named() {
+        let golden = [Golden::new(&[slot(1, 1.0, 0)], 0.25), Golden::new(&[slot(2, 1.0, 0)], 0.5)];
+        assert!(prove(&golden, 1, |s| if s[0].row == 1 { 0.250_001 } else { 0.5 }).is_ok());
+        let error = prove(&golden, 1, |_| 0.25).unwrap_err();
+        assert!(error.contains("golden vector 1"), "{error}");
+        assert!(prove(&golden, 1, |_| f32::NAN).is_err());
+        assert!(prove(&golden, 0, |_| 0.25).unwrap_err().contains("feature 0"));
+    }
+
+    proptest! {
+        #[test]
+        fn interpolation_finds_what_halving_finds(
+            mut ids in prop::collection::vec(prop_oneof![any::<u64>(), 0u64..500, (u64::MAX - 500)..], 0..400),
+            others in prop::collection::vec(any::<u64>(), 20),
+        ) {
+            ids.sort_unstable();
+            ids.dedup();
+            for id in ids.iter().copied().chain(others).chain([0, 1, u64::MAX]) {
+                prop_assert_eq!(find(&ids, id), ids.binary_search(&id).ok());
+            }
+        }
+
+        #[test]
+        fn weights_come_back_bit_for_bit(rows in prop::collection::btree_map(1u64.., -1e6f32..1e6, 0..50), intercept in -9f32..9.0) {
+            let (ids, values): (Vec<u64>, Vec<f32>) = rows.into_iter().unzip();
+            let weights = Weights::new(ids.clone(), values, intercept, ids).unwrap();
+            prop_assert_eq!(Weights::from_arrays(&weights.to_arrays()).unwrap(), weights);
+        }
+    }
+}
