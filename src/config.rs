@@ -30,8 +30,6 @@ pub enum Error {
     Feature(#[from] crate::feature::Error),
     #[error(transparent)]
     Source(#[from] crate::source::Error),
-    #[error("`{key}`: {source}")]
-    Mapping { key: &'static str, source: Box<dyn std::error::Error + Send + Sync> },
     #[error(transparent)]
     Model(#[from] crate::model::Error),
     #[error(transparent)]
@@ -251,7 +249,7 @@ pub struct DeadLetterSettings {
 }
 
 /// The configuration file.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     #[serde(default)]

@@ -130,7 +130,7 @@ impl Writer {
             segments.insert(key, known);
         }
         self.segments = segments;
-        let model = image.model.clone().sorted();
+        let model = image.model.sorted();
         let build = Build::this();
         let head = Head {
             format: FORMAT,

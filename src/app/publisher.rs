@@ -180,10 +180,11 @@ fn publish(
     window: i64,
 ) -> snapshot::Result<Outcome> {
     let image = &job.image;
-    let model = image.model.clone().sorted();
+    let model = image.model.sorted();
     let digests = image::digests(image, &model, window);
     let weights =
-        Weights::new(model.rows.ids, model.rows.w, model.intercept.w as f32, job.default_rows.clone())?;
+        Weights::new(model.rows.ids, model.rows.w, model.intercept.w as f32, job.default_rows.clone())
+            .map_err(|error| snapshot::Error::Unfit(error.to_string()))?;
     let golden = golden(&job, &weights);
     let counts = serde_json::to_value(image.counts).expect("plain data");
     let counts = counts.as_object().into_iter().flatten().filter_map(|(k, v)| Some((k.clone(), v.as_u64()?)));

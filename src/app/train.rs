@@ -69,8 +69,8 @@ pub enum Error {
     Model(#[from] crate::model::Error),
     #[error(transparent)]
     Progressive(#[from] crate::train::progressive::Error),
-    #[error("`{key}`: {source}")]
-    Mapping { key: &'static str, source: Box<dyn std::error::Error + Send + Sync> },
+    #[error(transparent)]
+    Mapping(#[from] source::decode::Error),
     #[error(
         "the checkpoint in `{}` was made under other settings: {differences}. Put them back to go on from it; for a new \
          start under the new settings give `checkpoint.dir` another directory",
@@ -176,15 +176,15 @@ impl Decode for Lines {
 
 /// Makes decoders for a stream, after one was made to see that the mapping is sound.
 pub fn decoder(checked: &Checked, stream: Stream, keep_text: bool) -> Result<NewDecoder, Error> {
-    let (key, settings, schema) = match stream {
-        Stream::Impressions => ("impressions.record", checked.config.impressions.record.clone(), Some(checked.schema.clone())),
+    let (settings, schema) = match stream {
+        Stream::Impressions => (checked.config.impressions.record.clone(), Some(checked.schema.clone())),
         Stream::Clicks => {
             let clicks = checked.config.clicks.as_ref().expect("asked for only where there are clicks");
-            ("clicks.record", clicks.record.clone(), None)
+            (clicks.record.clone(), None)
         }
     };
     let make = move || Decoder::new(stream, &settings, schema.as_ref(), keep_text);
-    make().map_err(|source| Error::Mapping { key, source: source.into() })?;
+    make()?;
     Ok(Arc::new(move || Box::new(Lines(make().expect("made once before"))) as Box<dyn Decode>))
 }
 
@@ -213,7 +213,7 @@ pub fn run(
             let dir = config.checkpoint.as_ref().map(|settings| settings.dir.clone()).unwrap_or_default();
             next_checkpoint = loaded.number + 1;
             let head: Head = read_head(&loaded.head, &dir, checked)?;
-            let seen = loaded.segments.iter().map(image::read_segment).collect::<Result<Vec<_>, _>>()?;
+            let seen = loaded.segments.iter().map(|(_, arrays)| image::read_segment(arrays)).collect::<Result<Vec<_>, _>>()?;
             let (restored, state, words) = image::read(&head, &loaded.arrays, seen)?;
             let model = Logistic::from_state(checked.logistic, default_rows.clone(), state)?;
             let measured = Progressive::import(&config.metrics, &words)?;
@@ -328,7 +328,7 @@ pub fn run(
 
     let version = job.finish(&core, predictions.as_mut(), &mut dead)?;
     let image = core.image();
-    let digests = image::digests(&image, &image.model.clone().sorted(), checked.join.window);
+    let digests = image::digests(&image, &image.model.sorted(), checked.join.window);
     let run = Run { ended, resumed, seconds, first_example, first_impression, peak_pending, version };
     tracing::debug!(seconds = started.elapsed().as_secs_f64(), "done");
     Ok(summary(checked, &core, &image, digests, dead.count, &run))
@@ -393,7 +393,8 @@ fn summary(checked: &Checked, core: &Core, image: &Image, digests: Digests, dead
     }
 }
 
-fn read_head(head: &serde_json::Value, dir: &Path, checked: &Checked) -> Result<Head, Error> {
+/// Reads the head of a checkpoint and refuses one that was made under other settings, naming each.
+pub fn read_head(head: &serde_json::Value, dir: &Path, checked: &Checked) -> Result<Head, Error> {
     let format = head.get("format").and_then(serde_json::Value::as_u64).unwrap_or(0) as u32;
     if format != FORMAT {
         return Err(Error::OtherFormat { dir: dir.to_owned(), found: format });

@@ -256,7 +256,7 @@ impl Output {
     }
 }
 
-fn parse_time(text: &str) -> Result<Time, String> {
+pub(super) fn parse_time(text: &str) -> Result<Time, String> {
     if let Ok(ms) = text.parse() {
         return Ok(Time(ms));
     }

@@ -1,7 +1,79 @@
 //! The command line: one file per command.
-pub mod generate;
-pub mod snapshots;
 
-pub fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+pub mod check;
+pub mod generate;
+pub mod score;
+//pub mod snapshots;
+pub mod train;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Trains a click-through model from streams of impressions and clicks, moments after they happen.
+#[derive(Parser, Debug)]
+#[command(version, about, propagate_version = true, max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    Train(train::Train),
+    Score(score::Score),
+    Check(check::Check),
+    Generate(generate::Generate),
+//    Snapshots(snapshots::Snapshots),
+}
+
+/// The configuration, as every command that needs one takes it.
+#[derive(clap::Args, Clone, Debug)]
+pub struct ConfigArgs {
+    /// Configuration file (TOML); `configs/reference.toml` has every key.
+    #[arg(short, long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// Lay a setting over the file: `--set batch.examples=1024`. May be given often.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+}
+
+impl ConfigArgs {
+    pub fn load(&self) -> Result<crate::config::Config, crate::config::Error> {
+        crate::config::Config::load(&self.config, &self.set)
+    }
+}
+
+/// Runs the command line; 0 when all went well, 1 when a promise was broken or something failed, 2 for wrong usage.
+#[must_use]
+pub fn main() -> ExitCode {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("TIDEMILL_LOG").unwrap_or_else(|_| "info".into());
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_target(false)
+        .init();
+    let result = match Cli::parse().command {
+        Command::Train(command) => command.run(),
+        Command::Score(command) => command.run(),
+        Command::Check(command) => command.run(),
+        Command::Generate(command) => command.run(),
+//        Command::Snapshots(command) => command.run(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // A reader of our output that goes away, as `head` does, is no failure.
+        Err(error) if broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("tidemill: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn broken_pipe(error: &anyhow::Error) -> bool {
+    let io = error.chain().filter_map(|cause| cause.downcast_ref::<std::io::Error>());
+    io.into_iter().any(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
 }

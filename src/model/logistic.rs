@@ -259,8 +259,8 @@ pub struct Image {
 impl Image {
     /// Does the work that the copy left undone: canonical order.
     #[must_use]
-    pub fn sorted(self) -> State {
-        State { rows: self.table.rows(), intercept: self.intercept, periods: self.periods, counts: self.counts }
+    pub fn sorted(&self) -> State {
+        State { rows: self.table.rows(), intercept: self.intercept, periods: self.periods.clone(), counts: self.counts.clone() }
     }
 }
 

@@ -182,6 +182,19 @@ impl Store {
 
     // ------------------------------------------------------------------------------------------------- plain requests
 
+    /// Tries the one thing that the protocol asks of a store: that an object is created only if it is absent. Leaves
+    /// nothing behind.
+    pub async fn probe(&self) -> Result<()> {
+        let key = format!("probe/{:016x}", crate::clock::now().0 ^ i64::from(std::process::id()) << 32);
+        let first = self.create_only(&key, &[Bytes::from_static(b"first")]).await?;
+        let second = self.create_only(&key, &[Bytes::from_static(b"second")]).await;
+        self.inner.delete(&Path::from(key.as_str())).await.map_err(|source| refusal(&key, source))?;
+        match (first, second?) {
+            (Created::Ours, Created::Taken(found)) if found == b"first"[..] => Ok(()),
+            _ => Err(Error::Unfit(format!("`{}` let a second writer replace an object that was there", self.url))),
+        }
+    }
+
     /// Writes `pieces` under `key` unless the key is taken. When the answer is "taken", what is there is compared, since
     /// it may be our own write whose answer was lost.
     pub(super) async fn create_only(&self, key: &str, pieces: &[Bytes]) -> Result<Created> {

@@ -17,7 +17,7 @@
 //! for zstd the window of the stream. Nothing is allocated before there is something to read.
 
 use std::fs::{self, File};
-use std::io::{self, BufReader, Read};
+use std::io::{self, BufRead as _, BufReader, Read};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -299,6 +299,31 @@ impl Stop {
         let wait = self.changed.wait_timeout_while(lock(&self.stopped), time, |stopped| !*stopped);
         *wait.unwrap_or_else(PoisonError::into_inner).0
     }
+}
+
+/// The first `n` records of a file, with the byte at which each starts; records past `max_record` bytes are cut there.
+/// For looking at a file, not for reading it.
+pub fn first_records(path: &Path, n: usize, max_record: usize) -> Result<Vec<(u64, Vec<u8>)>, Error> {
+    let unreadable = |source| Error::Unreadable { file: path.to_owned(), source };
+    let mut input: BufReader<Box<dyn Read + Send>> = match File::open(path).and_then(Input::of).map_err(unreadable)? {
+        Input::Plain(file) => BufReader::new(Box::new(file)),
+        Input::Packed(reader) => BufReader::new(reader),
+    };
+    let (mut records, mut offset) = (Vec::new(), 0);
+    while records.len() < n {
+        let mut line = Vec::new();
+        let len = input.read_until(b'\n', &mut line).map_err(unreadable)?;
+        if len == 0 {
+            break;
+        }
+        let end = line.iter().rposition(|byte| *byte != b'\n' && *byte != b'\r').map_or(0, |last| last + 1);
+        line.truncate(end.min(max_record));
+        if !line.iter().all(u8::is_ascii_whitespace) {
+            records.push((offset, line));
+        }
+        offset += len as u64;
+    }
+    Ok(records)
 }
 
 enum Input {

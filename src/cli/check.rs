@@ -1,0 +1,122 @@
+//! `tidemill check`: would this job run?
+
+use std::io::Write as _;
+
+use anyhow::Context as _;
+
+use super::ConfigArgs;
+use crate::app::train;
+use crate::config::Checked;
+use crate::event::Stream;
+use crate::source::decode::{Decoder, EventView};
+use crate::source::file;
+use crate::train::checkpoint::Checkpoints;
+
+/// Check a configuration: every setting, every file, and every path the job will write to
+///
+/// With --sample also shows how the first records of each stream are decoded: field, value, row. Changes nothing that a
+/// job would notice: what it writes to try a path it removes.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Check {
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// Show how the first N records of each stream are decoded.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub sample: usize,
+}
+
+impl Check {
+    pub fn run(self) -> anyhow::Result<()> {
+        let checked = self.config.load()?.check(None)?;
+        let mut out = std::io::stdout().lock();
+        let mut ok = |what: &str, detail: String| writeln!(out, "ok  {what:<14} {detail}");
+        let config = &checked.config;
+        ok("config", format!("`{}`, lineage {}", self.config.config.display(), checked.lineage()))?;
+        let schema = &checked.schema;
+        ok("schema", format!("{} features, {} crosses, hash {}", schema.features(), schema.len() - schema.features(), schema.hash()))?;
+        let mut streams = vec![(Stream::Impressions, &config.impressions)];
+        streams.extend(config.clicks.as_ref().map(|clicks| (Stream::Clicks, clicks)));
+        for (stream, settings) in &streams {
+            train::decoder(&checked, *stream, false)?;
+            let files = settings.source.check(&format!("{}.source", stream.name()))?;
+            for path in &files.paths {
+                file::first_records(path, 1, files.max_record)?;
+            }
+            ok(stream.name(), format!("{} files can be read", files.paths.len()))?;
+        }
+        if let Some(settings) = &config.checkpoint {
+            let checkpoints = Checkpoints::open(&settings.dir)?;
+            let detail = match checkpoints.newest()? {
+                Some(loaded) => {
+                    train::read_head(&loaded.head, &settings.dir, &checked)?;
+                    format!("`{}`: the job would go on from checkpoint {}", settings.dir.display(), loaded.number)
+                }
+                None => format!("`{}`: empty, the job would start anew", settings.dir.display()),
+            };
+            try_write(&settings.dir).with_context(|| format!("`checkpoint.dir` = `{}`", settings.dir.display()))?;
+            ok("checkpoint", detail)?;
+        }
+        if let Some(settings) = &config.snapshots {
+            let store = settings.check()?.open()?;
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let newest = runtime.block_on(async {
+                store.probe().await?;
+                store.latest(&settings.channel).await
+            })?;
+            let newest = newest.and_then(|entry| entry.version);
+            let names = newest.map_or("names no version yet".to_owned(), |version| format!("names version {version}"));
+            ok("snapshots", format!("`{}`: create-only writes work; channel `{}` {names}", store.url(), settings.channel))?;
+        }
+        if let Some(settings) = &config.dead_letters {
+            crate::app::dead_letters::DeadLetters::open(Some(&settings.path))?;
+            ok("dead letters", format!("`{}`", settings.path.display()))?;
+        }
+        drop(out);
+        for (stream, settings) in &streams {
+            if self.sample > 0 {
+                show(&checked, *stream, settings, self.sample)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Writes and removes a small file.
+fn try_write(dir: &std::path::Path) -> anyhow::Result<()> {
+    let mut file = tempfile::NamedTempFile::new_in(dir).context("no file can be made there")?;
+    file.write_all(b"tidemill check").and_then(|()| file.as_file().sync_all()).context("nothing can be written there")
+}
+
+fn show(checked: &Checked, stream: Stream, settings: &crate::config::StreamSettings, n: usize) -> anyhow::Result<()> {
+    let schema = (stream == Stream::Impressions).then_some(&checked.schema);
+    let mut decoder = Decoder::new(stream, &settings.record, schema, true)?;
+    let files = settings.source.check(&format!("{}.source", stream.name()))?;
+    let mut out = std::io::stdout().lock();
+    let mut left = n;
+    for path in &files.paths {
+        for (offset, raw) in file::first_records(path, left, files.max_record)? {
+            left -= 1;
+            writeln!(out, "\n{} `{}` at byte {offset}", stream.name(), file::name_of(path))?;
+            match decoder.describe(&raw) {
+                Ok(events) => events.iter().try_for_each(|event| event_lines(&mut out, event))?,
+                Err(reason) => writeln!(out, "  rejected: {reason}")?,
+            }
+        }
+        if left == 0 {
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn event_lines(out: &mut impl std::io::Write, event: &EventView) -> std::io::Result<()> {
+    writeln!(out, "  {:?} id `{}` at {} ({})", event.kind, event.id, event.event_time, event.event_time.0)?;
+    for field in &event.fields {
+        let value = if field.missing { "(missing)" } else { &field.value };
+        let rows: Vec<String> = field.rows.iter().map(|(row, value)| format!("{row:016x} x {value}")).collect();
+        let value: String = value.chars().take(40).collect();
+        writeln!(out, "    {:<28} {value:<40} {}", field.feature, rows.join(", "))?;
+    }
+    Ok(())
+}
+

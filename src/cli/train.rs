@@ -1,0 +1,200 @@
+//! `tidemill train`: the long-lived job, or a bounded stretch of it.
+
+use std::io::{IsTerminal as _, Write as _};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+
+use super::ConfigArgs;
+use crate::app::train::{self, Options, Progress, Summary, Tick, Until};
+use crate::event::Time;
+use crate::merge::WaitReason;
+
+/// Train: join impressions and clicks, learn in their order, checkpoint and publish
+///
+/// Without --until-end or --until it follows growing files until it gets SIGTERM or Ctrl-C, writes a last checkpoint and
+/// snapshot, and goes on from there the next time.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Train {
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// Read to the end that the files have now, then stop.
+    #[arg(long, conflicts_with = "until")]
+    pub until_end: bool,
+    /// Train impressions before this time (RFC 3339 or Unix milliseconds), reading clicks one window further, then stop.
+    #[arg(long, value_name = "TIME", value_parser = super::generate::parse_time)]
+    pub until: Option<Time>,
+    /// With --until: wait for files to grow, rather than stop where they end.
+    #[arg(long, requires = "until")]
+    pub follow: bool,
+    /// Write `id,prediction,label` of every example, predicted before it was learned from.
+    #[arg(long, value_name = "FILE")]
+    pub predictions: Option<PathBuf>,
+    /// Print one JSON object at the end instead of a table.
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl Train {
+    pub fn run(self) -> anyhow::Result<()> {
+        let checked = self.config.load()?.check(self.until)?;
+        let until = match self.until {
+            Some(time) => Until::Time(time),
+            None if self.until_end => Until::End,
+            None => Until::Stopped,
+        };
+        let options = Options { until, follow: self.follow, predictions: self.predictions.clone() };
+        let stop = stop_on_signal()?;
+        let mut progress = Lines::new(self.json);
+        let summary = train::run(&checked, &options, &stop, &mut progress)?;
+        progress.done();
+        if self.json {
+            println!("{}", serde_json::to_string(&summary)?);
+        } else {
+            print_table(&summary)?;
+        }
+        anyhow::ensure!(
+            summary.impression_gap == 0 && summary.click_gap == 0,
+            "records are not accounted for (impressions {}, clicks {}); this is a bug of tidemill",
+            summary.impression_gap,
+            summary.click_gap
+        );
+        Ok(())
+    }
+}
+
+/// A flag that SIGTERM and Ctrl-C set. A second signal ends the process at once.
+pub fn stop_on_signal() -> anyhow::Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&stop);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start a runtime")?;
+    let (mut interrupt, mut terminate) = {
+        use tokio::signal::unix::{SignalKind, signal};
+        let _guard = runtime.enter();
+        (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        runtime.block_on(async move {
+            for _ in 0..2 {
+                tokio::select! {
+                    _ = interrupt.recv() => {}
+                    _ = terminate.recv() => {}
+                }
+                if flag.swap(true, Ordering::Relaxed) {
+                    std::process::exit(130);
+                }
+                tracing::info!("stopping: the last checkpoint and snapshot are written; a second signal ends at once");
+            }
+        });
+    })?;
+    Ok(stop)
+}
+
+/// Progress on stderr: one line that renews itself on a terminal, else a line every ten seconds.
+struct Lines {
+    terminal: bool,
+    quiet: bool,
+    last: Option<Instant>,
+}
+
+impl Lines {
+    fn new(quiet: bool) -> Self {
+        Self { terminal: std::io::stderr().is_terminal(), quiet, last: None }
+    }
+
+    fn done(&self) {
+        if self.terminal && !self.quiet && self.last.is_some() {
+            eprintln!();
+        }
+    }
+}
+
+impl Progress for Lines {
+    fn show(&mut self, tick: &Tick) {
+        let due = self.terminal || self.last.is_none_or(|last| last.elapsed() >= Duration::from_secs(10));
+        if self.quiet || !due {
+            return;
+        }
+        self.last = Some(Instant::now());
+        let figure = |value: Option<f64>| value.map_or("-".to_owned(), |v| format!("{v:.4}"));
+        let frontier = tick.frontier.map_or("-".to_owned(), |time| time.to_string());
+        let version = tick.version.map_or("-".to_owned(), |v| format!("v{v}"));
+        let wait = match tick.waiting_for {
+            None => "",
+            Some(WaitReason::Impressions) => ", waiting for impressions",
+            Some(WaitReason::Clicks) => ", waiting for clicks",
+            Some(WaitReason::ClickSilence) => ", held: the click stream is silent",
+            Some(WaitReason::Idle) => ", idle",
+        };
+        let line = format!(
+            "at {frontier}: {} impressions, {} examples, {:.0}/s, logloss {}, AUC {}, snapshot {version}{wait}",
+            tick.impressions,
+            tick.examples,
+            tick.per_second,
+            figure(tick.logloss),
+            figure(tick.auc),
+        );
+        if self.terminal {
+            eprint!("\r\x1b[2K{line}");
+            let _ = std::io::stderr().flush();
+        } else {
+            eprintln!("{line}");
+        }
+    }
+}
+
+fn print_table(s: &Summary) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    let figure = |value: Option<f64>, digits: usize| value.map_or("-".to_owned(), |v| format!("{v:.digits$}"));
+    let (c, m) = (&s.counts, &s.metrics);
+    let mut row = |name: &str, value: String| writeln!(out, "  {name:<26} {value}");
+    row("job", format!("{} ({}{})", s.job, s.ended_by, if s.resumed { ", resumed" } else { "" }))?;
+    row("frontier", s.frontier.map_or("-".into(), |time| time.to_string()))?;
+    row("impressions released", c.impressions.to_string())?;
+    row("  positive + negative", format!("{} + {}", c.positives, c.negatives))?;
+    row(
+        "  not learned from",
+        format!(
+            "{} sampled out, {} duplicate, {} too late, {} rejected, {} quarantined",
+            c.sampled_out, c.duplicates, c.too_late, c.rejected, c.quarantined
+        ),
+    )?;
+    row("  late / windows cut", format!("{} / {}", c.late, c.windows_cut))?;
+    row("clicks placed", c.clicks.to_string())?;
+    row("  attributed", c.clicks_attributed.to_string())?;
+    row(
+        "  not attributed",
+        format!(
+            "{} duplicate, {} missed, {} outside, {} orphan, {} rejected, {} waiting",
+            c.clicks_duplicate, c.clicks_missed, c.clicks_outside, c.clicks_orphan, c.clicks_rejected, s.clicks_waiting
+        ),
+    )?;
+    row("  coverage", figure(s.click_coverage, 4))?;
+    row("conservation gap", format!("{} impressions, {} clicks", s.impression_gap, s.click_gap))?;
+    row("progressive logloss", format!("{} (model age zero)", figure(m.logloss, 5)))?;
+    row("  normalised entropy", figure(m.normalised_entropy, 5))?;
+    row("  AUC", figure(m.auc, 5))?;
+    row("  calibration / CTR", format!("{} / {}", figure(m.calibration, 4), figure(m.ctr, 5)))?;
+    row("examples", format!("{} in {} batches, {} rows", s.examples, s.batches, s.rows))?;
+    row(
+        "speed",
+        format!(
+            "{:.2} s, {:.0} examples/s, {:.0} impressions/s",
+            s.seconds, s.examples_per_second, s.impressions_per_second
+        ),
+    )?;
+    row("snapshot", s.snapshot_version.map_or("none".into(), |version| format!("version {version}")))?;
+    row("model digest", s.model_digest.clone())?;
+    row("order digest", s.order_digest.clone())?;
+    let worst = |rates: &std::collections::BTreeMap<String, f64>| {
+        let mut rates: Vec<_> = rates.iter().collect();
+        rates.sort_by(|a, b| b.1.total_cmp(a.1).then(a.0.cmp(b.0)));
+        let rates: Vec<_> = rates.iter().take(5).map(|(name, rate)| format!("{name} {rate:.4}")).collect();
+        if rates.is_empty() { "none".to_owned() } else { rates.join(", ") }
+    };
+    row("most missing", worst(&s.missing_rate))?;
+    row("most new ids", worst(&s.new_id_rate))
+}
