@@ -605,7 +605,8 @@ impl Walker {
             }
             // A scalar and something inside of it cannot both be there: then every container is refused.
             let scalar = node.targets.iter().any(|target| !matches!(target, Target::Bag(..) | Target::Slate));
-            node.takes_array = !scalar && (node.has_bag || !node.positions.is_empty());
+            let by_position = node.positions.len() == node.named && (node.has_bag || node.named > 0);
+            node.takes_array = !scalar && by_position;
             let unweighted = node.targets.iter().any(|target| matches!(target, Target::Bag(_, false)));
             node.takes_object = !scalar && !unweighted && (node.has_bag || node.named > 0 || node.is_root);
         }
