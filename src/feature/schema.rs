@@ -1,1 +1,514 @@
-//! The feature schema.
+//! The feature schema: which fields of a record become which rows of the model.
+//!
+//! [`FeatureSettings`] and [`CrossSettings`] are what a user writes; [`Schema`] is what was checked. A schema travels in
+//! every snapshot as canonical JSON, and its [`hash`](Schema::hash) says whether two encode alike.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
+
+use super::Error;
+use crate::event::Slot;
+
+/// The version of the rules in `docs/encoding.md`; part of the canonical JSON, so of the hash.
+pub const ENCODING: u32 = 1;
+
+/// One `[[features]]` entry.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FeatureSettings {
+    /// Unique among features and crosses; part of every id, so renaming a feature forgets what was learned.
+    pub name: String,
+    /// Where the value is: keys joined by dots, array positions as numbers (`user.onehot.3`), `\.` for a dot inside a
+    /// key. With `explode`, a leading dot starts at the element (`.item_id`). Default: the name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
+    /// `categorical` (default), `numeric`, `multi` (a bag) or `sequence` (the last values of an array).
+    #[serde(default)]
+    pub kind: FeatureKind,
+    /// Which tower sees it: `user`, `item` or `none` (default). The logistic part sees all.
+    #[serde(default)]
+    pub tower: Tower,
+    /// `presentation`: explains the click and is unknown when candidates are scored; needs `at_serving`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub role: Option<Role>,
+    /// The value that a presentation feature has at serving: a string, number or boolean.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub at_serving: Option<Scalar>,
+    /// Numeric: `[low, high]`, applied first. Default: no clipping.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clip: Option<[f64; 2]>,
+    /// Numeric: the multiplier applied after `clip`. Default: 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scale: Option<f64>,
+    /// Numeric: `bucket` (default, signed log2), `bins` (by edges) or `value` (linear).
+    #[serde(rename = "as", skip_serializing_if = "Option::is_none")]
+    pub form: Option<Form>,
+    /// Numeric as buckets: how many buckets a doubling has; a power of two up to 1024. Default: 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub per_octave: Option<u32>,
+    /// Numeric as bins: ascending edges; an edge belongs to the bin above it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bins: Option<Vec<f64>>,
+    /// Numeric as value: use the signed `ln(1 + |x|)` of the clipped and scaled number. Default: false.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log: Option<bool>,
+    /// Bags: how many values count at most (1 to 65536). A `multi` keeps the first, a `sequence` the last. Default: 64.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_len: Option<u32>,
+}
+
+/// One `[[crosses]]` entry: two or three features whose values together are a value.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CrossSettings {
+    /// The names of two or three features.
+    pub of: Vec<String>,
+    /// Default: the parts joined by `*`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// How many combinations of bag values count at most (1 to 4096); the last part turns fastest. Default: 64.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max: Option<u32>,
+}
+
+/// What a field holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FeatureKind {
+    #[default]
+    Categorical,
+    Numeric,
+    Multi,
+    Sequence,
+}
+
+/// Which tower of the two-tower model a feature belongs to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Tower {
+    User,
+    Item,
+    #[default]
+    None,
+}
+
+/// A feature that is treated apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    Presentation,
+}
+
+/// How a number enters the logistic model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Form {
+    #[default]
+    Bucket,
+    Bins,
+    Value,
+}
+
+/// A value fixed in the settings.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Scalar {
+    Bool(bool),
+    Int(i64),
+    Float(f64),
+    Text(String),
+}
+
+/// A checked path into a record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Path {
+    /// Starts at the element of the exploded array rather than at the record.
+    pub of_element: bool,
+    /// Keys, or positions in arrays; empty only for the element itself (`.`).
+    pub parts: Vec<String>,
+}
+
+impl Path {
+    /// Reads `a.b.3`, `.a` (of the element) or `.` (the element itself); `\` makes the next character part of the key.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let (of_element, body) = text.strip_prefix('.').map_or((false, text), |rest| (true, rest));
+        if of_element && body.is_empty() {
+            return Ok(Self { of_element, parts: Vec::new() });
+        }
+        let mut parts = vec![String::new()];
+        let mut chars = body.chars();
+        while let Some(c) = chars.next() {
+            match c {
+                '.' => parts.push(String::new()),
+                '\\' => match chars.next() {
+                    Some(next) => parts.last_mut().expect("never empty").push(next),
+                    None => return Err(format!("is the path `{text}`, which ends in a lone backslash")),
+                },
+                c => parts.last_mut().expect("never empty").push(c),
+            }
+        }
+        if parts.iter().any(String::is_empty) {
+            return Err(format!("is the path `{text}`, which has an empty key; write it like `user.id`"));
+        }
+        Ok(Self { of_element, parts })
+    }
+}
+
+impl std::fmt::Display for Path {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let escaped: Vec<_> = self.parts.iter().map(|part| part.replace('\\', "\\\\").replace('.', "\\.")).collect();
+        write!(f, "{}{}", if self.of_element { "." } else { "" }, escaped.join("."))
+    }
+}
+
+/// How a feature's value becomes rows, with everything looked up once.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Rule {
+    Category,
+    Bucket { number: Number, shift: u32 },
+    Bins { number: Number, edges: Box<[f64]> },
+    Value { number: Number, log: bool },
+    Bag { max_len: usize, last: bool },
+}
+
+/// What happens to a number before its bucket, bin or value is taken.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Number {
+    pub low: f64,
+    pub high: f64,
+    pub scale: f64,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Feature {
+    pub settings: FeatureSettings,
+    pub path: Path,
+    pub rule: Rule,
+    pub seed: u64,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Cross {
+    pub settings: CrossSettings,
+    pub name: String,
+    /// Indices of the base features, two or three.
+    pub parts: Vec<usize>,
+    pub max: usize,
+    pub seed: u64,
+    /// No part is a bag, so there is exactly one slot.
+    pub plain: bool,
+}
+
+/// The checked features and crosses, in the order of the settings: features are `0..features()`, crosses follow.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Schema {
+    pub(super) features: Vec<Feature>,
+    pub(super) crosses: Vec<Cross>,
+}
+
+/// The canonical form: every default spelled out, keys in the order of the settings structs.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Canonical {
+    encoding: u32,
+    features: Vec<FeatureSettings>,
+    crosses: Vec<CrossSettings>,
+}
+
+/// xxh3 of a value's canonical text with its feature's seed; 0 becomes 1, for tables use 0 for an empty place.
+#[must_use]
+pub fn row_of(text: &[u8], seed: u64) -> u64 {
+    xxh3_64_with_seed(text, seed).max(1)
+}
+
+/// The seed of a feature's or cross's rows.
+#[must_use]
+pub fn seed_of(name: &str) -> u64 {
+    xxh3_64(name.as_bytes())
+}
+
+/// The hash of an impression id's canonical text; 0 becomes 1.
+#[must_use]
+pub fn id_of(text: &[u8]) -> u64 {
+    xxh3_64(text).max(1)
+}
+
+impl Schema {
+    /// Checks the settings. Messages name the key, such as `features[2].bins`.
+    pub fn new(features: &[FeatureSettings], crosses: &[CrossSettings]) -> Result<Self, Error> {
+        if features.is_empty() {
+            return Err(setting("features", "is empty; a model needs at least one [[features]] entry"));
+        }
+        if features.len() + crosses.len() > usize::from(u16::MAX) {
+            let problem = format!("has {} entries with crosses, the limit is 65535", features.len() + crosses.len());
+            return Err(setting("features", problem));
+        }
+        let mut names = BTreeMap::new();
+        let mut checked = Vec::with_capacity(features.len());
+        for (i, settings) in features.iter().enumerate() {
+            let key = |field: &str| format!("features[{i}].{field}");
+            check_name(&key("name"), &settings.name)?;
+            if names.insert(settings.name.clone(), i).is_some() {
+                return Err(setting(key("name"), format!("is `{}`, which another feature has too", settings.name)));
+            }
+            checked.push(check_feature(settings, key)?);
+        }
+        let mut checked_crosses: Vec<Cross> = Vec::with_capacity(crosses.len());
+        for (i, settings) in crosses.iter().enumerate() {
+            let key = |field: &str| format!("crosses[{i}].{field}");
+            let cross = check_cross(settings, &names, &checked, key)?;
+            if names.contains_key(&cross.name) || checked_crosses.iter().any(|other| other.name == cross.name) {
+                return Err(setting(key("name"), format!("is `{}`, which is taken; set another name", cross.name)));
+            }
+            checked_crosses.push(cross);
+        }
+        Ok(Self { features: checked, crosses: checked_crosses })
+    }
+
+    /// Features and crosses together: one more than the largest [`Slot::feature`].
+    #[must_use]
+    #[expect(clippy::len_without_is_empty, reason = "a schema is never empty")]
+    pub fn len(&self) -> usize {
+        self.features.len() + self.crosses.len()
+    }
+
+    /// How many of them are features; crosses come after.
+    #[must_use]
+    pub fn features(&self) -> usize {
+        self.features.len()
+    }
+
+    /// The name of feature or cross `i`.
+    #[must_use]
+    pub fn name(&self, i: usize) -> &str {
+        match self.features.get(i) {
+            Some(feature) => &feature.settings.name,
+            None => &self.crosses[i - self.features.len()].name,
+        }
+    }
+
+    /// The index of the feature or cross with this name.
+    #[must_use]
+    pub fn index_of(&self, name: &str) -> Option<usize> {
+        (0..self.len()).find(|&i| self.name(i) == name)
+    }
+
+    /// What an id without a row of its own contributes.
+    #[must_use]
+    pub fn default_row(&self, i: usize) -> u64 {
+        row_of(&[0xFE], self.seed(i))
+    }
+
+    /// The row of a feature that the record had no value for. Crosses never use theirs: a missing part is a value.
+    #[must_use]
+    pub fn missing_row(&self, i: usize) -> u64 {
+        row_of(&[0xFF], self.seed(i))
+    }
+
+    /// Adds to the logit in training and is fixed at serving.
+    #[must_use]
+    pub fn is_presentation(&self, i: usize) -> bool {
+        self.features.get(i).is_some_and(|feature| feature.settings.role == Some(Role::Presentation))
+    }
+
+    /// Which tower sees it; crosses belong to none.
+    #[must_use]
+    pub fn tower(&self, i: usize) -> Tower {
+        self.features.get(i).map_or(Tower::None, |feature| feature.settings.tower)
+    }
+
+    /// Where feature `i` is in a record; `None` for crosses.
+    #[must_use]
+    pub fn path(&self, i: usize) -> Option<&Path> {
+        self.features.get(i).map(|feature| &feature.path)
+    }
+
+    /// What feature `i` holds; `None` for crosses.
+    #[must_use]
+    pub fn kind(&self, i: usize) -> Option<FeatureKind> {
+        self.features.get(i).map(|feature| feature.settings.kind)
+    }
+
+    /// Canonical JSON: the same text for schemas that encode alike.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        let canonical = Canonical {
+            encoding: ENCODING,
+            features: self.features.iter().map(|feature| feature.settings.clone()).collect(),
+            crosses: self.crosses.iter().map(|cross| cross.settings.clone()).collect(),
+        };
+        serde_json::to_string(&canonical).expect("a checked schema has finite numbers and string keys")
+    }
+
+    /// Reads what [`to_json`](Self::to_json) wrote, and checks it again.
+    pub fn from_json(json: &str) -> Result<Self, Error> {
+        // sonic-rs rounds every float correctly; serde_json, without a feature, may be off by one unit in the last place.
+        let canonical: Canonical = sonic_rs::from_str(json).map_err(|e| Error::Json(first_line(&e)))?;
+        if canonical.encoding != ENCODING {
+            return Err(Error::Version { found: canonical.encoding, known: ENCODING });
+        }
+        Self::new(&canonical.features, &canonical.crosses)
+    }
+
+    /// 16 hex digits: the xxh3 of the canonical JSON. The order of features matters, for slots carry their index.
+    #[must_use]
+    pub fn hash(&self) -> String {
+        format!("{:016x}", xxh3_64(self.to_json().as_bytes()))
+    }
+
+    pub(super) fn missing_slot(&self, i: usize) -> Slot {
+        Slot { row: self.missing_row(i), value: 1.0, feature: i as u16, flags: Slot::MISSING }
+    }
+
+    fn seed(&self, i: usize) -> u64 {
+        match self.features.get(i) {
+            Some(feature) => feature.seed,
+            None => self.crosses[i - self.features.len()].seed,
+        }
+    }
+}
+
+fn setting(key: impl Into<String>, problem: impl Into<String>) -> Error {
+    Error::Setting { key: key.into(), problem: problem.into() }
+}
+
+/// sonic-rs prints the input and a caret under its message; the first line says it.
+pub(crate) fn first_line(error: &dyn std::fmt::Display) -> String {
+    error.to_string().lines().next().unwrap_or_default().trim_end().to_owned()
+}
+
+fn check_name(key: &str, name: &str) -> Result<(), Error> {
+    if name.is_empty() {
+        return Err(setting(key, "is empty; every feature needs a name"));
+    }
+    if name.len() > 256 || name.chars().any(char::is_control) {
+        return Err(setting(key, format!("is {name:?}; at most 256 bytes and no control characters")));
+    }
+    Ok(())
+}
+
+fn check_feature(settings: &FeatureSettings, key: impl Fn(&str) -> String) -> Result<Feature, Error> {
+    let mut canonical = settings.clone();
+    let from = canonical.from.get_or_insert_with(|| settings.name.clone());
+    let path = Path::parse(from).map_err(|problem| setting(key("from"), problem))?;
+    let numeric = settings.kind == FeatureKind::Numeric;
+    let bag = matches!(settings.kind, FeatureKind::Multi | FeatureKind::Sequence);
+    let form = settings.form.unwrap_or_default();
+    for (field, given, fits, owner) in [
+        ("clip", settings.clip.is_some(), numeric, "kind = \"numeric\""),
+        ("scale", settings.scale.is_some(), numeric, "kind = \"numeric\""),
+        ("as", settings.form.is_some(), numeric, "kind = \"numeric\""),
+        ("per_octave", settings.per_octave.is_some(), numeric && form == Form::Bucket, "a numeric as = \"bucket\""),
+        ("bins", settings.bins.is_some(), numeric && form == Form::Bins, "a numeric as = \"bins\""),
+        ("log", settings.log.is_some(), numeric && form == Form::Value, "a numeric as = \"value\""),
+        ("max_len", settings.max_len.is_some(), bag, "kind = \"multi\" or \"sequence\""),
+        ("at_serving", settings.at_serving.is_some(), settings.role.is_some(), "role = \"presentation\""),
+    ] {
+        if given && !fits {
+            return Err(setting(key(field), format!("belongs to {owner}; remove it or change the feature")));
+        }
+    }
+    let number = Number {
+        low: settings.clip.map_or(f64::NEG_INFINITY, |clip| clip[0]),
+        high: settings.clip.map_or(f64::INFINITY, |clip| clip[1]),
+        scale: settings.scale.unwrap_or(1.0),
+    };
+    if let Some([low, high]) = settings.clip
+        && !(low < high && low.is_finite() && high.is_finite())
+    {
+        return Err(setting(
+            key("clip"),
+            format!("is [{low}, {high}]; it must be two finite numbers, the lower first"),
+        ));
+    }
+    if !number.scale.is_finite() || number.scale == 0.0 {
+        return Err(setting(key("scale"), format!("is {}; it must be finite and not 0", number.scale)));
+    }
+    let rule = match settings.kind {
+        FeatureKind::Categorical => Rule::Category,
+        FeatureKind::Multi | FeatureKind::Sequence => {
+            let max_len = *canonical.max_len.get_or_insert(64);
+            if !(1..=65536).contains(&max_len) {
+                return Err(setting(key("max_len"), format!("is {max_len}; it must be 1 to 65536")));
+            }
+            Rule::Bag { max_len: max_len as usize, last: settings.kind == FeatureKind::Sequence }
+        }
+        FeatureKind::Numeric => {
+            canonical.form = Some(form);
+            match form {
+                Form::Bucket => {
+                    let per_octave = *canonical.per_octave.get_or_insert(1);
+                    if !per_octave.is_power_of_two() || per_octave > 1024 {
+                        let problem = format!("is {per_octave}; it must be a power of two up to 1024");
+                        return Err(setting(key("per_octave"), problem));
+                    }
+                    Rule::Bucket { number, shift: per_octave.trailing_zeros() }
+                }
+                Form::Bins => {
+                    let edges = settings.bins.clone().unwrap_or_default();
+                    let ascending = edges.windows(2).all(|pair| pair[0] < pair[1]);
+                    if edges.is_empty() || edges.len() > 4096 || !ascending || edges.iter().any(|e| !e.is_finite()) {
+                        return Err(setting(key("bins"), "must be 1 to 4096 finite numbers in ascending order"));
+                    }
+                    Rule::Bins { number, edges: edges.into() }
+                }
+                Form::Value => Rule::Value { number, log: *canonical.log.get_or_insert(false) },
+            }
+        }
+    };
+    if settings.role == Some(Role::Presentation) {
+        let fits = match (&settings.at_serving, settings.kind) {
+            (None, _) => {
+                return Err(setting(key("at_serving"), "is missing; a presentation feature needs its value at serving"));
+            }
+            (Some(Scalar::Text(_)), FeatureKind::Numeric) => false,
+            (Some(Scalar::Float(x)), _) if !x.is_finite() => false,
+            (Some(_), _) => true,
+        };
+        if !fits {
+            return Err(setting(key("at_serving"), "must be a finite number for a numeric feature"));
+        }
+        if bag {
+            return Err(setting(key("role"), "is presentation, which only categorical and numeric features can have"));
+        }
+    }
+    Ok(Feature { path, rule, seed: seed_of(&settings.name), settings: canonical })
+}
+
+fn check_cross(
+    settings: &CrossSettings,
+    names: &BTreeMap<String, usize>,
+    features: &[Feature],
+    key: impl Fn(&str) -> String,
+) -> Result<Cross, Error> {
+    if !(2..=3).contains(&settings.of.len()) {
+        return Err(setting(key("of"), format!("names {} features; a cross has two or three", settings.of.len())));
+    }
+    let mut parts = Vec::with_capacity(3);
+    for part in &settings.of {
+        let Some(&index) = names.get(part) else {
+            return Err(setting(key("of"), format!("names `{part}`, which no [[features]] entry is called")));
+        };
+        if features[index].settings.role == Some(Role::Presentation) {
+            return Err(setting(
+                key("of"),
+                format!("names `{part}`, a presentation feature; those stay out of crosses"),
+            ));
+        }
+        if parts.contains(&index) {
+            return Err(setting(key("of"), format!("names `{part}` twice")));
+        }
+        parts.push(index);
+    }
+    let mut canonical = settings.clone();
+    let name = canonical.name.get_or_insert_with(|| settings.of.join("*")).clone();
+    check_name(&key("name"), &name)?;
+    let max = *canonical.max.get_or_insert(64);
+    if !(1..=4096).contains(&max) {
+        return Err(setting(key("max"), format!("is {max}; it must be 1 to 4096")));
+    }
+    let plain = !parts.iter().any(|&part| matches!(features[part].rule, Rule::Bag { .. }));
+    Ok(Cross { seed: seed_of(&name), name, parts, max: max as usize, plain, settings: canonical })
+}
