@@ -652,3 +652,469 @@ const COUNT: u8 = 2;
 fn sigmoid(x: f32, e: f32) -> f32 {
     (if x >= 0.0 { 1.0 } else { e }) / (1.0 + e)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use rand_pcg::Pcg64Mcg;
+    use rand_pcg::rand_core::{Rng, SeedableRng};
+    use std::collections::HashMap;
+
+    const DEFAULTS: [u64; 3] = [u64::MAX / 7, u64::MAX / 3, u64::MAX / 2];
+
+    fn slot(row: u64, value: f32, feature: u16) -> Slot {
+        Slot { row, value, feature, flags: 0 }
+    }
+
+    fn example(slots: &[Slot], positive: bool) -> Example<'_> {
+        Example { slots, positive, weight: 1.0, sampling_offset: 0.0, time: Time(0), id: 1 }
+    }
+
+    fn model(settings: &Settings) -> Logistic {
+        Logistic::new(settings.check().unwrap(), DEFAULTS.to_vec())
+    }
+
+    fn learn(model: &mut Logistic, batch: u32, examples: &[Example<'_>]) -> Vec<Outcome> {
+        let mut outcomes = Vec::new();
+        model.learn(batch, Time(0), examples, &mut outcomes);
+        outcomes
+    }
+
+    fn ftrl() -> Settings {
+        Settings { l1: 0.3, l2: 0.2, b: 0.5, ..Settings::default() }
+    }
+
+    fn decaying(settings: Settings) -> Settings {
+        let decay = DecaySettings { per: Duration::from_millis(10), keep: 0.5, floor: 0.25 };
+        Settings { decay: Some(decay), ..settings }
+    }
+
+    /// The rule as a reader would write it: a map, one example at a time, nothing looked up ahead.
+    struct Plain {
+        s: Settings,
+        rows: HashMap<u64, (f32, f32, f32, u32)>,
+        intercept: (f64, f64, u32),
+        periods: Vec<(u32, i64)>,
+        unseen: [u64; 3],
+    }
+
+    impl Plain {
+        fn new(s: &Settings) -> Self {
+            Self { s: s.clone(), rows: HashMap::new(), intercept: (0.0, 0.0, 0), periods: vec![], unseen: [0; 3] }
+        }
+
+        fn decayed(&self, n: f64, touched: u32) -> f64 {
+            let Some(DecaySettings { keep, floor, .. }) = self.s.decay else { return n };
+            let last = self.periods.last().unwrap().1;
+            let was = self.periods.iter().rev().find(|(first, _)| *first <= touched).unwrap_or(&self.periods[0]).1;
+            if was == last || n <= floor { n } else { floor.max(n * libm::pow(keep, (last - was) as f64)) }
+        }
+
+        fn step(&mut self, id: u64, g: f32, batch: u32) {
+            let Settings { rule, a, b, n0, l1, l2, .. } = self.s;
+            let c = b + a * l2;
+            let (mut w, mut n, mut z, touched) = self.rows.get(&id).copied().unwrap_or((0.0, 0.0, 0.0, batch));
+            if rule == Rule::Count {
+                self.rows.insert(id, (w + 1.0, n, z, batch));
+                return;
+            }
+            let rested = self.decayed(f64::from(n), touched) as f32;
+            if rested != n {
+                n = rested;
+                if l1 > 0.0 && w != 0.0 {
+                    z = -w * ((n0 + n).sqrt() + c) / a - w.signum() * l1;
+                }
+            }
+            let before = n;
+            n += g * g;
+            if l1 > 0.0 {
+                z += g - ((n0 + n).sqrt() - (n0 + before).sqrt()) / a * w;
+                w = if z.abs() <= l1 { 0.0 } else { a * (z.signum() * l1 - z) / ((n0 + n).sqrt() + c) };
+            } else {
+                w -= a * g / ((n0 + n).sqrt() + c);
+            }
+            self.rows.insert(id, (w, n, z, batch));
+        }
+
+        fn learn(&mut self, batch: u32, time: Time, example: &Example<'_>) -> Outcome {
+            if let Some(decay) = &self.s.decay {
+                let period = time.0.div_euclid(decay.per.as_millis() as i64);
+                if self.periods.last().is_none_or(|last| last.1 < period) {
+                    self.periods.push((batch, period));
+                }
+            }
+            let weight_of = |id: u64| self.rows.get(&id).map(|row| row.0);
+            let seen: Vec<bool> = example.slots.iter().map(|slot| self.rows.contains_key(&slot.row)).collect();
+            let mut logit = 0.0f32;
+            for slot in example.slots {
+                let default = DEFAULTS[slot.feature as usize];
+                logit += weight_of(slot.row).or(weight_of(default)).unwrap_or(0.0) * slot.value;
+            }
+            logit += self.intercept.0 as f32;
+            let fine = |slot: &Slot| slot.value.is_finite() && slot.value.abs() <= 1e6 && slot.row != 0;
+            if !(example.slots.iter().all(fine) && example.weight.is_finite() && logit.is_finite()) {
+                return Outcome { logit: 0.0, e: 1.0, quarantined: true };
+            }
+            if self.s.rule == Rule::Count {
+                logit = 0.0;
+            }
+            let x = logit + example.sampling_offset;
+            let e = libm::expf(-x.abs());
+            let p = if x >= 0.0 { 1.0 / (1.0 + e) } else { e / (1.0 + e) };
+            let d = (p - if example.positive { 1.0 } else { 0.0 }) * example.weight;
+            for (slot, seen) in example.slots.iter().zip(seen) {
+                if !seen {
+                    self.unseen[slot.feature as usize] += 1;
+                    self.step(DEFAULTS[slot.feature as usize], d * slot.value, batch);
+                }
+                self.step(slot.row, d * slot.value, batch);
+            }
+            let (w, n, touched) = self.intercept;
+            let (w, n) = if self.s.rule == Rule::Count {
+                (w + 1.0, self.decayed(n, touched))
+            } else {
+                let g = f64::from(d);
+                let n = self.decayed(n, touched) + g * g;
+                let root = (f64::from(self.s.n0) + n).sqrt();
+                (w - f64::from(self.s.a) * g / (root + f64::from(self.s.b)), n)
+            };
+            self.intercept = (w, n, batch);
+            Outcome { logit, e: libm::expf(-logit.abs()), quarantined: false }
+        }
+    }
+
+    /// (slots, positive, weight, sampling offset)
+    type Drawn = (Vec<Slot>, bool, f32, f32);
+
+    fn drawn() -> impl Strategy<Value = Drawn> {
+        let row =
+            prop_oneof![20 => (1u64..60).prop_map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15)), 1 => Just(DEFAULTS[1])];
+        let value = prop_oneof![20 => Just(1.0f32), 4 => Just(-2.5), 2 => Just(0.0), 2 => 0.01f32..3.0];
+        let slot = (row, value, 0u16..3).prop_map(|(row, value, feature)| slot(row, value, feature));
+        let weight = prop_oneof![4 => Just(1.0f32), 1 => 0.1f32..20.0];
+        let offset = prop_oneof![3 => Just(0.0f32), 1 => Just(2.3)];
+        (prop::collection::vec(slot, 0..7), any::<bool>(), weight, offset)
+    }
+
+    /// One way of being unfit.
+    fn poison((slots, _, weight, _): &mut Drawn, how: u8) {
+        match (how, slots.first_mut()) {
+            (0, Some(first)) => first.value = f32::NAN,
+            (1, Some(first)) => first.value = f32::NEG_INFINITY,
+            (2, Some(first)) => first.value = 1.5e6,
+            (3, Some(first)) => first.row = 0,
+            _ => *weight = f32::NAN,
+        }
+    }
+
+    fn settings() -> impl Strategy<Value = Settings> {
+        let base = prop_oneof![
+            3 => Just(Settings::default()),
+            2 => Just(ftrl()),
+            1 => Just(Settings { l2: 3.0, b: 1.0, n0: 0.0, ..Settings::default() }),
+            1 => Just(Settings { rule: Rule::Count, ..Settings::default() }),
+        ];
+        (base, any::<bool>()).prop_map(|(base, decay)| if decay { decaying(base) } else { base })
+    }
+
+    proptest! {
+        #[test]
+        fn learning_equals_a_plain_map_bit_for_bit_in_blocks_of_any_size_through_poison_and_restarts(
+            settings in settings(),
+            mut drawn in prop::collection::vec((drawn(), 0u8..60), 1..150),
+            block in prop_oneof![Just(1usize), Just(BLOCK), 2usize..40],
+            batch_size in 1usize..60,
+            hours in prop::collection::vec(0i64..25, 150),
+            restart in 0usize..10,
+        ) {
+            drawn.iter_mut().for_each(|(drawn, how)| if *how < 5 { poison(drawn, *how) });
+            let examples: Vec<Example<'_>> = drawn.iter().map(|((slots, positive, weight, sampling_offset), _)| Example {
+                slots, positive: *positive, weight: *weight, sampling_offset: *sampling_offset, time: Time(0), id: 9,
+            }).collect();
+            let mut plain = Plain::new(&settings);
+            let mut ours = model(&settings);
+            let (mut outcomes, mut time) = (Vec::new(), Time(-30));
+            for (i, examples) in examples.chunks(batch_size).enumerate() {
+                let batch = i as u32 + 1;
+                time = time.plus(hours[i]);
+                if i == restart {
+                    let state = ours.image().sorted();
+                    prop_assert_eq!(&state, &ours.state());
+                    ours = Logistic::from_state(settings.check().unwrap(), DEFAULTS.to_vec(), state.clone()).unwrap();
+                    prop_assert_eq!(ours.state().digest(), state.digest());
+                }
+                ours.learn_in_blocks(batch, time, examples, &mut outcomes, block);
+                let expected: Vec<_> = examples.iter().map(|example| plain.learn(batch, time, example)).collect();
+                prop_assert_eq!(&outcomes, &expected);
+            }
+            let state = ours.state();
+            let mut rows: Vec<_> = plain.rows.into_iter().collect();
+            rows.sort_by_key(|row| row.0);
+            prop_assert_eq!(&state.rows.ids, &rows.iter().map(|row| row.0).collect::<Vec<_>>());
+            for (i, (id, (w, n, z, touched))) in rows.iter().enumerate() {
+                let (rw, rn, rz) = (state.rows.w[i], state.rows.n[i], state.rows.z.as_ref().map_or(*z, |z| z[i]));
+                prop_assert_eq!((rw.to_bits(), rn.to_bits(), rz.to_bits()), (w.to_bits(), n.to_bits(), z.to_bits()), "{:x}", id);
+                prop_assert_eq!(state.rows.touched[i], *touched);
+            }
+            prop_assert_eq!((state.intercept.w, state.intercept.n, state.intercept.touched), plain.intercept);
+            prop_assert_eq!(&state.periods, &plain.periods);
+            prop_assert_eq!(&state.counts.unseen, &plain.unseen);
+            prop_assert_eq!(state.counts.examples, examples.len() as u64 - examples.iter().filter(|e| !(e.weight.is_finite()
+                && e.slots.iter().all(|s| s.row != 0 && s.value.abs() <= 1e6))).count() as u64);
+        }
+
+        #[test]
+        fn a_quarantined_example_is_as_if_it_had_not_been(
+            mut drawn in prop::collection::vec(drawn(), 2..80), at in any::<prop::sample::Index>(), how in 0u8..5, settings in settings(),
+        ) {
+            let at = at.index(drawn.len());
+            poison(&mut drawn[at], how);
+            let all: Vec<Example<'_>> = drawn.iter().map(|(slots, positive, weight, sampling_offset)| Example {
+                slots, positive: *positive, weight: *weight, sampling_offset: *sampling_offset, time: Time(0), id: 9,
+            }).collect();
+            let mut without = all.clone();
+            without.remove(at);
+            let (mut ours, mut clean) = (model(&settings), model(&settings));
+            let mut outcomes = learn(&mut ours, 1, &all);
+            prop_assert!(outcomes.remove(at).quarantined);
+            prop_assert_eq!(outcomes, learn(&mut clean, 1, &without));
+            prop_assert_eq!(ours.state(), clean.state());
+        }
+    }
+
+    /// FTRL-Proximal as in the paper (with n0), one coordinate, in f64.
+    fn ftrl_in_f64(s: &Settings, gradient: impl Fn(f64, usize) -> f64, steps: usize) -> (f64, f64) {
+        let [a, b, n0, l1, l2] = [s.a, s.b, s.n0, s.l1, s.l2].map(f64::from);
+        let (mut z, mut n, mut w) = (0.0f64, 0.0f64, 0.0f64);
+        for i in 0..steps {
+            let g = gradient(w, i);
+            let sigma = ((n0 + n + g * g).sqrt() - (n0 + n).sqrt()) / a;
+            z += g - sigma * w;
+            n += g * g;
+            w = if z.abs() <= l1 { 0.0 } else { -(z - z.signum() * l1) / ((b + (n0 + n).sqrt()) / a + l2) };
+        }
+        (w, n)
+    }
+
+    #[test]
+    fn the_rule_is_ftrl_proximal() {
+        for s in [Settings::default(), Settings { b: 1.0, l2: 0.7, ..Settings::default() }, ftrl()] {
+            // One row at +-1 with labels of period 3; an intercept that is held at 0 by a huge b would not be the same
+            // rule, so its share is taken out of the reference: the row's logit is what the model said.
+            let mut ours = model(&s);
+            let slots = [[slot(77, 1.0, 0)], [slot(77, -0.5, 0)]];
+            let (mut logits, mut batch) = (Vec::new(), 0);
+            for i in 0..400 {
+                batch += 1;
+                logits.push(learn(&mut ours, batch, &[example(&slots[i % 2], i % 3 == 0)])[0].logit);
+            }
+            let gradient = |_: f64, i: usize| {
+                let p = 1.0 / (1.0 + libm::exp(-f64::from(logits[i])));
+                (p - f64::from(u8::from(i % 3 == 0))) * f64::from(slots[i % 2][0].value)
+            };
+            let (w, n) = ftrl_in_f64(&s, gradient, 400);
+            let at = ours.table.find(77);
+            let row = ours.table.row(at);
+            assert!((f64::from(*row.n) - n).abs() < 1e-4 * n, "n {} against {n}", row.n);
+            assert!((f64::from(*row.w) - w).abs() < 2e-5, "w {} against {w} under {s:?}", row.w);
+            assert!(w.abs() > 1e-3 || s.l1 > 0.0);
+        }
+    }
+
+    #[test]
+    fn a_warm_start_keeps_its_weights_at_zero_gradient_and_near_them_at_a_small_one() {
+        let weights = Weights { ids: vec![10, 20, 30], w: vec![-0.8, 0.0, 2.0], intercept: -1.0 };
+        let warm =
+            || Logistic::from_state(ftrl().check().unwrap(), DEFAULTS.to_vec(), State::warm(weights.clone())).unwrap();
+        let still = [slot(10, 0.0, 0), slot(20, 0.0, 0), slot(30, 0.0, 0)];
+        let mut ours = warm();
+        learn(&mut ours, 1, &[example(&still, true), example(&still, false)]);
+        for (ours, before) in ours.weights().w.iter().zip(&weights.w) {
+            assert!((ours - before).abs() <= 1e-6 * before.abs(), "{ours} was {before}");
+        }
+        let moving = [slot(10, 0.01, 0), slot(30, 0.01, 0)];
+        let mut ours = warm();
+        learn(&mut ours, 1, &[example(&moving, true)]);
+        for (ours, before) in ours.weights().w.iter().zip(&weights.w) {
+            assert!((ours - before).abs() <= ftrl().a, "{ours} was {before}: the warm start is thrown away");
+        }
+        // As wrong as it gets: starting from z = 0 loses the weights at the first touch.
+        let mut state = State::warm(weights.clone());
+        state.rows.z = Some(vec![0.0; 3]);
+        let mut cold = Logistic::from_state(ftrl().check().unwrap(), DEFAULTS.to_vec(), state).unwrap();
+        learn(&mut cold, 1, &[example(&moving, true)]);
+        assert_eq!(cold.weights().w[2], 0.0);
+    }
+
+    #[test]
+    fn weight_two_doubles_the_gradient() {
+        let slots = [slot(5, 1.0, 0)];
+        let after = |weight| {
+            let mut ours = model(&Settings::default());
+            learn(&mut ours, 1, &[Example { weight, ..example(&slots, true) }]);
+            (ours.state().rows.n[0], ours.state().rows.w[0])
+        };
+        // The first gradient is -0.5.
+        assert_eq!(after(1.0).0, 0.25);
+        assert_eq!(after(2.0).0, 1.0);
+        assert_eq!(after(2.0).1, 0.05 / (0.1f32 + 1.0).sqrt());
+    }
+
+    #[test]
+    fn rows_that_no_example_names_do_not_move() {
+        let mut ours = model(&decaying(ftrl()));
+        let (one, two) = ([slot(5, 1.0, 0), slot(6, 1.0, 1)], [slot(6, 1.0, 1), slot(8, 1.0, 2)]);
+        learn(&mut ours, 1, &[example(&one, true), example(&two, false)]);
+        let before = ours.state().rows;
+        let mut outcomes = Vec::new();
+        ours.learn(7, Time(1_000_000), &[example(&two, true)], &mut outcomes);
+        let after = ours.state().rows;
+        assert_eq!(before.ids, after.ids);
+        for (i, id) in after.ids.iter().enumerate() {
+            let row = |rows: &Rows| (rows.w[i], rows.n[i], rows.z.as_ref().unwrap()[i], rows.touched[i]);
+            assert_eq!(row(&before) == row(&after), ![6, 8].contains(id), "row {id}");
+        }
+        assert_eq!(ours.rows_touched_after(1).ids, [6, 8]);
+    }
+
+    #[test]
+    fn decay_in_closed_form_equals_stepping_through_the_periods() {
+        let decay = Decay { per_ms: 1, keep: 0.9, floor: 2.0 };
+        for n in [0.5, 2.0, 2.1, 7.0, 1e6] {
+            let mut stepped = n;
+            for periods in 0..200 {
+                let closed = decay.after(periods, n);
+                assert!((closed - stepped).abs() <= 1e-12 * stepped, "{closed} against {stepped} after {periods}");
+                stepped = decay.after(1, stepped);
+            }
+            assert_eq!(stepped, if n < 2.0 { n } else { 2.0 });
+        }
+    }
+
+    #[test]
+    fn decay_moves_no_weight() {
+        for settings in [decaying(Settings::default()), decaying(ftrl())] {
+            let mut ours = model(&settings);
+            let (slots, still) = ([slot(5, 1.0, 0)], [slot(5, 0.0, 0)]);
+            for batch in 1..50 {
+                learn(&mut ours, batch, &[example(&slots, true)]);
+            }
+            let before = ours.state().rows;
+            ours.learn(50, Time(31), &[example(&still, true)], &mut Vec::new());
+            let after = ours.state().rows;
+            let at = before.ids.iter().position(|&id| id == 5).unwrap();
+            assert_eq!(after.n[at], (before.n[at] * 0.125).max(0.25));
+            assert!(before.w[at] > 0.1 && (after.w[at] - before.w[at]).abs() < 1e-6);
+        }
+    }
+
+    #[test]
+    fn down_sampling_leaves_predictions_calibrated() {
+        let seed = 20_261_123;
+        println!("seed {seed}");
+        let mut random = Pcg64Mcg::seed_from_u64(seed);
+        let mut uniform = || (random.next_u64() >> 40) as f64 / f64::from(1 << 24);
+        let truth = [0.02, 0.05, 0.2];
+        let rows = [11u64, 22, 33].map(|row| [slot(row, 1.0, 0)]);
+        for rate in [1.0, 0.1] {
+            let mut ours = model(&Settings { prior_ctr: Some(0.05), ..Settings::default() });
+            let (mut said, mut counted, mut outcomes) = ([0.0; 3], [0.0; 3], Vec::new());
+            for i in 0..600_000u32 {
+                let which = (i % 3) as usize;
+                let positive = uniform() < truth[which];
+                if i > 100_000 {
+                    said[which] += 1.0 / (1.0 + libm::exp(-f64::from(ours.score(&rows[which]))));
+                    counted[which] += 1.0;
+                }
+                if positive || uniform() < rate {
+                    let sampling_offset = libm::log(1.0 / rate) as f32;
+                    let example = Example { sampling_offset, ..example(&rows[which], positive) };
+                    ours.learn(i + 1, Time(0), &[example], &mut outcomes);
+                }
+            }
+            for which in 0..3 {
+                let (mean, truth) = (said[which] / counted[which], truth[which]);
+                assert!((mean / truth - 1.0).abs() < 0.05, "predicts {mean} where {truth} is true, at rate {rate}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_count_rule_adds_exactly_one_for_each_row_of_each_example() {
+        let mut ours = model(&Settings { rule: Rule::Count, ..Settings::default() });
+        let slots = [slot(5, 0.25, 0), slot(6, 1.0, 1), slot(5, 1.0, 0)];
+        let mut outcomes = Vec::new();
+        for batch in 1..=40 {
+            let example = Example { weight: 3.5, sampling_offset: 1.0, ..example(&slots, batch % 2 == 0) };
+            ours.learn(batch, Time(i64::from(batch)), &[example; 5], &mut outcomes);
+            assert!(outcomes.iter().all(|outcome| outcome.logit == 0.0 && !outcome.quarantined));
+        }
+        let (state, weight) = (ours.state(), |id| ours.table.w(ours.table.find(id)));
+        assert_eq!((weight(5), weight(6), state.intercept.w), (400.0, 200.0, 200.0));
+        assert_eq!((weight(DEFAULTS[0]), weight(DEFAULTS[1])), (2.0, 1.0));
+        assert_eq!((state.counts.examples, &state.counts.unseen[..]), (200, &[2, 1, 0][..]));
+    }
+
+    #[test]
+    fn the_explanation_sums_to_the_score_and_names_default_rows() {
+        let mut ours = model(&Settings { prior_ctr: Some(0.1), ..Settings::default() });
+        let known = [slot(5, 1.0, 0), Slot { flags: Slot::MISSING, ..slot(6, 0.5, 1) }];
+        let unknown = [slot(5, 1.0, 0), slot(99, 2.0, 1), slot(98, 1.0, 2)];
+        assert_eq!(learn(&mut ours, 1, &[example(&known, true)])[0].logit, ours.rule.start as f32);
+        learn(&mut ours, 1, &[example(&known, false); 9]);
+        let parts = ours.explain(&unknown);
+        assert_eq!(parts.iter().map(|part| part.known).collect::<Vec<_>>(), [true, false, false]);
+        assert!(
+            parts[1].logit != 0.0 && parts[2].logit == 0.0,
+            "feature 2 was never seen, so it has no default row yet"
+        );
+        assert_eq!(parts.iter().map(|part| part.logit).sum::<f32>() + ours.intercept(), ours.score(&unknown));
+        let score = ours.score(&unknown);
+        assert_eq!(learn(&mut ours, 2, &[example(&unknown, true)])[0].logit, score);
+        assert_eq!(ours.counts().missing, [0, 10, 0]);
+    }
+
+    #[test]
+    fn the_digest_sees_every_part_of_the_state_but_the_counts() {
+        let mut ours = model(&decaying(ftrl()));
+        let slots = [slot(5, 1.0, 0), slot(6, 1.0, 1)];
+        learn(&mut ours, 1, &[example(&slots, true), example(&slots, false)]);
+        let state = ours.state();
+        let changed = |change: fn(&mut State)| {
+            let mut state = state.clone();
+            change(&mut state);
+            state.digest() != ours.digest()
+        };
+        assert!(changed(|s| s.rows.ids[1] += 1));
+        assert!(changed(|s| s.rows.w[0] += 1e-3));
+        assert!(changed(|s| s.rows.n[0] += 1e-3));
+        assert!(changed(|s| s.rows.z.as_mut().unwrap()[0] += 1e-3));
+        assert!(changed(|s| s.rows.touched[0] += 1));
+        assert!(changed(|s| s.intercept.w += 1e-9));
+        assert!(changed(|s| s.intercept.n += 1e-9));
+        assert!(changed(|s| s.intercept.touched += 1));
+        assert!(changed(|s| s.periods[0].1 += 1));
+        assert!(!changed(|s| s.counts.examples += 1));
+    }
+
+    #[test]
+    fn a_wrong_setting_is_named_with_its_value() {
+        let refused = |text: &str| match toml::from_str::<Settings>(text) {
+            Ok(settings) => settings.check().unwrap_err().to_string(),
+            Err(error) => error.to_string(),
+        };
+        assert_eq!(refused("a = 0"), "`model.a` must be above 0 and at most 10, got 0");
+        assert_eq!(refused("l1 = -1"), "`model.l1` must be between 0 and 1e6, got -1");
+        assert!(refused("n0 = 0").starts_with("`model.n0` must be above 1e-12"));
+        assert!(refused("prior_ctr = 1").starts_with("`model.prior_ctr` must be between 0 and 1"));
+        assert!(refused("decay = { per = \"0s\" }").starts_with("`model.decay.per` must be at least 1ms"));
+        assert!(refused("decay = { keep = 1 }").starts_with("`model.decay.keep`"));
+        assert!(refused("decay = { keep = nan }").starts_with("`model.decay.keep`"));
+        assert!(refused("lr = 1").contains("unknown field `lr`"));
+        toml::from_str::<Settings>("rule = \"count\"\ndecay = { per = \"6h\" }\nn0 = 0\nb = 1")
+            .unwrap()
+            .check()
+            .unwrap();
+    }
+}

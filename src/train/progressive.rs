@@ -280,3 +280,122 @@ impl Progressive {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const MINUTE: Settings = Settings { window: Duration::from_secs(60) };
+
+    fn outcome(logit: f32) -> Outcome {
+        Outcome { logit, e: libm::expf(-logit.abs()), quarantined: false }
+    }
+
+    fn example(positive: bool, weight: f32, sampling_offset: f32, time: i64) -> Example<'static> {
+        Example { slots: &[], positive, weight, sampling_offset, time: Time(time), id: 1 }
+    }
+
+    /// (logit, positive, weight, offset, milliseconds since the last)
+    fn stream() -> impl Strategy<Value = Vec<(f32, bool, f32, f32, i64)>> {
+        let logit = prop_oneof![6 => -6.0f32..3.0, 1 => -30.0f32..30.0, 1 => Just(-1.5f32)];
+        let offset = prop_oneof![2 => Just(0.0f32), 1 => Just(libm::logf(10.0))];
+        prop::collection::vec((logit, any::<bool>(), 0.5f32..2.0, offset, 0i64..20_000), 2..200)
+    }
+
+    fn exact_auc(scored: &[(f64, bool, f64)]) -> Option<f64> {
+        let (mut above, mut pairs) = (0.0, 0.0);
+        for (x, _, w) in scored.iter().filter(|s| s.1) {
+            for (y, _, v) in scored.iter().filter(|s| !s.1) {
+                pairs += w * v;
+                above += w
+                    * v
+                    * if x > y {
+                        1.0
+                    } else if x == y {
+                        0.5
+                    } else {
+                        0.0
+                    };
+            }
+        }
+        (pairs > 0.0).then(|| above / pairs)
+    }
+
+    proptest! {
+        #[test]
+        fn metrics_equal_their_definitions_over_all_and_over_each_window(stream in stream(), cut in any::<prop::sample::Index>()) {
+            let mut progressive = Progressive::new(&MINUTE).unwrap();
+            let (mut time, mut windows) = (-100_000, Vec::new());
+            let mut scored: Vec<(i64, f64, bool, f64)> = Vec::new();
+            let cut = cut.index(stream.len());
+            for (i, &(logit, positive, weight, offset, passed)) in stream.iter().enumerate() {
+                if i == cut {
+                    windows.extend(progressive.take_closed_windows());
+                    let words = progressive.export();
+                    progressive = Progressive::import(&MINUTE, &words).unwrap();
+                    prop_assert_eq!(progressive.export(), words);
+                }
+                time += passed;
+                progressive.observe(&outcome(logit), &example(positive, weight, offset, time));
+                let kept = if positive { 1.0 } else { libm::exp(f64::from(offset)) };
+                scored.push((time, f64::from(logit), positive, f64::from(weight) * kept));
+            }
+            let report = progressive.report();
+            windows.extend(progressive.take_closed_windows());
+            windows.extend(report.open);
+            let end = i64::MAX;
+            let all = std::iter::once((i64::MIN, end, report.cumulative));
+            let mut counted = 0;
+            for (start, end, ours) in all.chain(windows.iter().map(|w| (w.start.0, w.end.0, w.metrics))) {
+                let mine: Vec<_> = scored.iter().filter(|s| (start..end).contains(&s.0)).map(|&(_, x, y, w)| (x, y, w)).collect();
+                prop_assert_eq!(ours.examples, mine.len() as u64);
+                counted += ours.examples;
+                let sum = |f: &dyn Fn(f64, bool) -> f64| mine.iter().map(|&(x, y, w)| w * f(x, y)).sum::<f64>();
+                let sigmoid = |x: f64| 1.0 / (1.0 + libm::exp(-x));
+                let (weight, clicks) = (sum(&|_, _| 1.0), sum(&|_, y| f64::from(u8::from(y))));
+                let loss = sum(&|x, y| libm::log1p(libm::exp(if y { -x } else { x })));
+                let close = |ours: Option<f64>, exact: f64| (ours.unwrap() - exact).abs() < 1e-6 * exact.abs().max(1e-3);
+                prop_assert!(close(Some(ours.weight), weight) && close(ours.ctr, clicks / weight));
+                prop_assert!(close(ours.logloss, loss / weight), "{:?} against {}", ours.logloss, loss / weight);
+                match exact_auc(&mine) {
+                    Some(exact) => {
+                        let (auc, error) = (ours.auc.unwrap(), ours.auc_error.unwrap());
+                        prop_assert!((auc - exact).abs() <= error + 1e-12, "{} against {} +- {}", auc, exact, error);
+                        let ctr = clicks / weight;
+                        let entropy = -(ctr * libm::log(ctr) + (1.0 - ctr) * libm::log(1.0 - ctr));
+                        prop_assert!(close(ours.normalised_entropy, loss / weight / entropy));
+                    }
+                    None => prop_assert!(ours.auc.is_none() && ours.normalised_entropy.is_none()),
+                }
+                if clicks > 0.0 {
+                    prop_assert!(close(ours.calibration, sum(&|x, _| sigmoid(x)) / clicks));
+                }
+            }
+            prop_assert_eq!(counted, 2 * stream.len() as u64, "every example is in exactly one window");
+            prop_assert!(windows.is_sorted_by(|a, b| a.end <= b.start && a.start.0 % 60_000 == 0));
+        }
+    }
+
+    #[test]
+    fn nothing_observed_defines_no_metric() {
+        let mut progressive = Progressive::new(&MINUTE).unwrap();
+        progressive.observe(&Outcome { logit: 0.0, e: 1.0, quarantined: true }, &example(true, 1.0, 0.0, 5));
+        assert_eq!(progressive.report(), Report { cumulative: Metrics::default(), open: None });
+        assert!(progressive.take_closed_windows().is_empty());
+    }
+
+    #[test]
+    fn damaged_words_are_refused() {
+        let mut progressive = Progressive::new(&MINUTE).unwrap();
+        progressive.observe(&outcome(0.5), &example(true, 1.0, 0.0, 5));
+        let words = progressive.export();
+        let refused =
+            |settings: &Settings, words: &[u64]| Progressive::import(settings, words).err().unwrap().to_string();
+        assert!(refused(&MINUTE, &words[..words.len() - 1]).contains("end early"));
+        assert!(refused(&MINUTE, &[&words[..], &[0]].concat()).contains("something follows"));
+        assert!(refused(&Settings::default(), &words).contains("`metrics.window` was another"));
+        assert!(refused(&MINUTE, &[&[1], &words[1..]].concat()).contains("unknown format"));
+        assert!(Progressive::new(&Settings { window: Duration::ZERO }).is_err());
+    }
+}
