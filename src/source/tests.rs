@@ -436,7 +436,8 @@ fn a_file_with_other_content_before_the_position_is_refused() {
 
 #[test]
 fn a_followed_file_that_shrinks_or_is_replaced_is_refused() {
-    let change: [(&str, fn(&Path)); 4] = [
+    type Change = fn(&Path);
+    let changes: [(&str, Change); 4] = [
         ("shrunk", |path| File::options().write(true).open(path).unwrap().set_len(3).unwrap()),
         ("rewritten in place and longer", |path| fs::write(path, "other\nother\nother\nother\n").unwrap()),
         ("replaced by a longer one", |path| {
@@ -448,7 +449,7 @@ fn a_followed_file_that_shrinks_or_is_replaced_is_refused() {
             fs::write(path, "").unwrap();
         }),
     ];
-    for (what, change) in change {
+    for (what, change) in changes {
         let folder = Folder::new();
         let path = folder.write("log", b"one\ntwo\n");
         let (_sources, mut partitions, recycler) = Sources::open(vec![spec(&path, FOLLOW)], 1).unwrap();
