@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# Every check of this repository, from a bare checkout: format, lints, docs, Rust tests, Python tests.
+#
+#   scripts/test.sh           all of it; this is what CI runs
+#   scripts/test.sh --fast    leaves out the docs and the Python tests, and says so
+#
+# Needs Rust (rustup) and network for what is not installed yet. Installs a C compiler and Python's venv by apt-get where they are
+# missing, and scripts/requirements.txt into .venv. Any failure fails the script.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+fast=false
+for arg in "$@"; do
+  case "$arg" in
+    --fast) fast=true ;;
+    -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" && exit 0 ;;
+    *) echo "unknown option \`$arg\`; see scripts/test.sh --help" >&2 && exit 2 ;;
+  esac
+done
+
+[ -f "${CARGO_HOME:-$HOME/.cargo}/env" ] && . "${CARGO_HOME:-$HOME/.cargo}/env"
+
+times=()
+step() { # name, command...
+  local name=$1 began=$SECONDS
+  shift
+  printf '\n=== %s: %s\n' "$name" "$*"
+  if ! "$@"; then
+    printf '\nFAILED after %ss: %s\n' $((SECONDS - began)) "$name" >&2
+    exit 1
+  fi
+  times+=("$(printf '%5ss  %s' $((SECONDS - began)) "$name")")
+}
+
+apt_install() {
+  command -v apt-get >/dev/null || { echo "please install: $*" >&2; return 1; }
+  local sudo=()
+  if [ "$(id -u)" != 0 ]; then sudo=(sudo); fi
+  "${sudo[@]}" apt-get update -q
+  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "$@"
+}
+
+tools() {
+  local missing=()
+  command -v cc >/dev/null || missing+=(build-essential)
+  command -v python3 >/dev/null || missing+=(python3)
+  if ! python3 -c 'import venv, ensurepip' 2>/dev/null; then missing+=(python3-venv); fi
+  if [ ${#missing[@]} -gt 0 ]; then apt_install "${missing[@]}" || return 1; fi
+  command -v cargo >/dev/null || { echo "cargo not found; install Rust from https://rustup.rs" >&2; return 1; }
+  if ! { cargo fmt --version && cargo clippy --version; } >/dev/null 2>&1; then
+    rustup component add rustfmt clippy || return 1
+  fi
+  cargo --version && cc --version | head -1 && python3 --version
+}
+
+python_packages() {
+  python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed" >&2; return 1; }
+  if cmp -s scripts/requirements.txt .venv/installed.txt; then
+    echo ".venv is up to date"
+    return
+  fi
+  python3 -m venv .venv || return 1
+  .venv/bin/python -m pip install -q --disable-pip-version-check -r scripts/requirements.txt || return 1
+  cp scripts/requirements.txt .venv/installed.txt
+}
+
+step tools tools
+step format cargo fmt --check
+step lints cargo clippy --locked --all-targets -- -D warnings
+if ! $fast; then step docs env RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps; fi
+step "rust tests" cargo test --locked
+if ! $fast; then
+  step "python packages" python_packages
+  step "the command" cargo build --locked # the Python tests run it
+  for file in scripts/test_*.py; do
+    step "$file" .venv/bin/python "$file"
+  done
+fi
+
+printf '\nall passed:\n'
+printf '%s\n' "${times[@]}"
+if $fast; then
+  printf '\nLEFT OUT by --fast: docs (cargo doc -D warnings) and the Python tests: %s\n' "$(echo scripts/test_*.py)"
+fi
