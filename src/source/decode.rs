@@ -346,9 +346,17 @@ impl Decoder {
                 text_start: text as u32,
                 text_len: raw.len() as u32,
                 before: before.0,
+                content: 0,
                 kind: Kind::Rejected,
             });
         }
+    }
+
+    /// From now on decodes for scoring: presentation features have their `at_serving` value, whatever the record says.
+    #[must_use]
+    pub fn at_serving(mut self) -> Self {
+        self.walker.encoder = self.walker.encoder.map(|encoder| Encoder::at_serving(encoder.schema()));
+        self
     }
 
     /// Says how a record is decoded, event by event, or why it is rejected. For `tidemill check`; slow.
@@ -481,6 +489,7 @@ impl Decoder {
             text_start: text_start as u32,
             text_len: (out.text.len() - text_start) as u32,
             before: place.before.0,
+            content: 0,
             kind,
         };
         out.records.push(record);
