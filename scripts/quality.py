@@ -40,7 +40,7 @@ VW_RATES = {"vw": ("-l", [0.1, 0.2, 0.35, 0.5, 0.8]), "vw --ftrl": ("--ftrl_alph
 ADAGRAD_RATES = [0.02, 0.03, 0.05, 0.08, 0.12]
 BATCHES = [64, 256, 1024]
 # Kernel of DESIGN section 5 without default rows, for the comparison of per-example with summed gradients.
-KERNEL = {"a": 0.06, "n0": 0.2}
+KERNEL = {"a": 0.06, "n0": 0.15}
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -300,10 +300,10 @@ def tidemill(binary, config, files, scratch, more=()):
     """`tidemill train` over the same files: its (id, prediction, label) lines, and its own report."""
     out = pathlib.Path(scratch) / "predictions.csv"
     command = [str(binary), "train", "-c", str(config), "--until-end", "--json", "--predictions", str(out)]
-    for key, paths in zip(("impressions.paths", "clicks.paths"), files):
-        command += ["--set", f"{key}={json.dumps([str(p) for p in paths])}"]
-    for setting in more:
-        command += ["--set", setting.replace("{scratch}", str(scratch))]
+    settings = [f"{stream}.source.paths={json.dumps([str(p) for p in paths])}" for stream, paths in zip(("impressions", "clicks"), files)]
+    settings += [f"checkpoint.dir={json.dumps(f'{scratch}/checkpoints')}", f"snapshots.store={json.dumps(f'{scratch}/snapshots')}", *more]
+    for setting in settings:
+        command += ["--set", setting]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         sys.exit(f"`{' '.join(command)}` failed with {done.returncode}:\n{done.stderr[-3000:]}")
@@ -334,7 +334,7 @@ def compare(arguments):
     examples = join(records(files[0]), records(files[1]), window)
     data = Encoded(examples, settings["features"], settings.get("crosses", []))
     y = data.labels
-    prior = arguments.prior
+    prior = settings["model"]["logistic"]["prior_ctr"]
     print(f"{source}: {len(data)} examples, {int(y.sum())} positive, {len(settings['features'])} features, "
           f"{len(data.interactions)} crosses, window {window / 3.6e6:g} h, read in {time.time() - began:.0f} s", flush=True)
     table = []
@@ -409,14 +409,11 @@ def main():
     parser.add_argument("source", help="kuairand, obd, or a directory of generated events")
     parser.add_argument("-c", "--config", help="TOML with the features; default configs/kuairand.toml, obd.toml or generated.toml")
     parser.add_argument("--window", help="instead of the config's join.window, such as 30m")
-    parser.add_argument("--prior", type=float, default=None, help="start of AdaGrad's intercept; default 0.4, obd 0.005, else 0.05")
     parser.add_argument("--only", default="vw,adagrad,summed,tidemill", type=lambda s: s.split(","), help="some of vw,adagrad,summed,tidemill")
     parser.add_argument("--tidemill", help="path of the binary; default target/release, then target/debug")
-    parser.add_argument("--set", action="append", default=[], help="a setting for tidemill train, key=value; {scratch} is a temporary directory")
+    parser.add_argument("--set", action="append", default=[], help="a setting for tidemill train, key=value")
     parser.add_argument("--json", help="write the table to this file too")
     arguments = parser.parse_args()
-    if arguments.prior is None:
-        arguments.prior = {"kuairand": 0.4, "obd": 0.005}.get(arguments.source, 0.05)
     compare(arguments)
 
 
