@@ -39,6 +39,7 @@ impl Decode for Raw {
             text_start,
             text_len,
             before: before.0,
+            content: 0,
             kind: Kind::Click,
         });
         self.at_work = false;
