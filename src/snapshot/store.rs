@@ -29,7 +29,7 @@ const PAUSE: Duration = Duration::from_millis(25);
 /// How many entries a follower walks one by one before it lists.
 const WALK: u64 = 16;
 
-/// A place for snapshots. Clones share the connection.
+/// A place for snapshots. Clones share the connection. Its calls need a tokio runtime with time enabled.
 #[derive(Clone, Debug)]
 pub struct Store {
     inner: Arc<dyn ObjectStore>,
