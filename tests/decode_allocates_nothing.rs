@@ -72,10 +72,8 @@ fn a_warm_decoder_allocates_nothing() {
             )
         })
         .collect();
-    let settings = RecordSettings {
-        id: IdPaths::Many(vec!["request".into(), "user".into()]),
-        ..RecordSettings::default()
-    };
+    let settings =
+        RecordSettings { id: IdPaths::Many(vec!["request".into(), "user".into()]), ..RecordSettings::default() };
     let mut decoder = Decoder::new(Stream::Impressions, &settings, Some(&schema()), true).unwrap();
     assert_eq!(count(&mut decoder, &lines), 0);
 }
@@ -91,11 +89,8 @@ fn a_warm_decoder_of_slates_allocates_nothing() {
     )
     .unwrap();
     let schema = Schema::new(&features, &[]).unwrap();
-    let settings = RecordSettings {
-        id: IdPaths::One(".id".into()),
-        explode: Some("items".into()),
-        ..RecordSettings::default()
-    };
+    let settings =
+        RecordSettings { id: IdPaths::One(".id".into()), explode: Some("items".into()), ..RecordSettings::default() };
     let mut decoder = Decoder::new(Stream::Impressions, &settings, Some(&schema), true).unwrap();
     assert_eq!(count(&mut decoder, &lines), 0);
 }

@@ -83,11 +83,8 @@ fn numbers_are_as_documented() {
         let schema = Schema::new(&[feature], &[]).unwrap();
         let record = format!(r#"{{"id":1,"ts":0,"x":{value}}}"#);
         let (text, number) = expected.split_once(' ').unwrap_or((expected, "1"));
-        let slot = Slot {
-            row: row_of(text.as_bytes(), seed_of("x")),
-            value: number.parse().unwrap(),
-            ..Slot::default()
-        };
+        let slot =
+            Slot { row: row_of(text.as_bytes(), seed_of("x")), value: number.parse().unwrap(), ..Slot::default() };
         assert_eq!(decode(&RecordSettings::default(), Some(&schema), &record).slots, [slot], "{settings} of {value}");
     }
 }

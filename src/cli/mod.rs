@@ -3,7 +3,7 @@
 pub mod check;
 pub mod generate;
 pub mod score;
-//pub mod snapshots;
+pub mod snapshots;
 pub mod train;
 
 use std::path::PathBuf;
@@ -25,7 +25,7 @@ enum Command {
     Score(score::Score),
     Check(check::Check),
     Generate(generate::Generate),
-//    Snapshots(snapshots::Snapshots),
+    Snapshots(snapshots::Snapshots),
 }
 
 /// The configuration, as every command that needs one takes it.
@@ -60,7 +60,7 @@ pub fn main() -> ExitCode {
         Command::Score(command) => command.run(),
         Command::Check(command) => command.run(),
         Command::Generate(command) => command.run(),
-//        Command::Snapshots(command) => command.run(),
+        Command::Snapshots(command) => command.run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

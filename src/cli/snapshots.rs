@@ -1,1 +1,345 @@
-//! `tidemill snapshots`
+//! `tidemill snapshots`: what is in a store, and whether all of it can be served.
+
+use std::fmt::Write as _;
+use std::io::Write as _;
+
+use anyhow::{Context, bail};
+use serde_json::json;
+
+use crate::snapshot::manifest::Manifest;
+use crate::snapshot::publish::check_channel;
+use crate::snapshot::{Store, Version};
+
+/// Look into a snapshot store.
+#[derive(Debug, clap::Args)]
+pub struct Snapshots {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// List all versions, newest last, with the channels that name them.
+    List(Where),
+    /// Show the manifest of one version.
+    Show {
+        /// Version to show; without it, what the channel names.
+        version: Option<u64>,
+        #[command(flatten)]
+        place: Where,
+    },
+    /// Check every byte, tensor and golden vector of all versions, and the channels' history. Fails if anything is wrong.
+    Verify {
+        /// Check only this version.
+        version: Option<u64>,
+        #[command(flatten)]
+        place: Where,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+struct Where {
+    /// Directory of the snapshots, or `file://` and an absolute path (`snapshots.store` in the training config).
+    #[arg(long, value_name = "URL")]
+    store: String,
+    /// Only this channel. For `show` the default is `live`, otherwise all.
+    #[arg(long)]
+    channel: Option<String>,
+    /// Print one JSON document.
+    #[arg(long)]
+    json: bool,
+}
+
+impl Snapshots {
+    pub fn run(self) -> anyhow::Result<()> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let mut out = String::new();
+        let done = runtime.block_on(self.write(&mut out));
+        // Whoever closes the pipe has seen enough.
+        let _ = std::io::stdout().write_all(out.as_bytes());
+        done
+    }
+
+    async fn write(self, out: &mut String) -> anyhow::Result<()> {
+        let (Command::List(place) | Command::Show { place, .. } | Command::Verify { place, .. }) = &self.command;
+        if let Some(channel) = &place.channel {
+            check_channel(channel)?;
+        }
+        let store = Store::open(&place.store)?;
+        match &self.command {
+            Command::List(place) => list(&store, place, out).await,
+            Command::Show { version, place } => show(&store, version.map(Version), place, out).await,
+            Command::Verify { version, place } => verify(&store, version.map(Version), place, out).await,
+        }
+    }
+}
+
+impl Where {
+    async fn channels(&self, store: &Store) -> anyhow::Result<Vec<String>> {
+        let all = store.channels().await?;
+        match &self.channel {
+            None => Ok(all),
+            Some(one) if all.contains(one) => Ok(vec![one.clone()]),
+            Some(one) => bail!("there is no channel `{one}` in `{}`, only {all:?}", self.store),
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------- list
+
+async fn list(store: &Store, place: &Where, out: &mut String) -> anyhow::Result<()> {
+    let mut marks = Vec::new();
+    for channel in place.channels(store).await? {
+        marks.push((store.latest(&channel).await?.and_then(|entry| entry.version), channel));
+    }
+    let mut rows = Vec::new();
+    for version in store.versions().await?.into_keys() {
+        let named: Vec<_> = marks.iter().filter(|(v, _)| *v == Some(version)).map(|(_, c)| c.as_str()).collect();
+        if place.channel.is_some() && named.is_empty() {
+            continue;
+        }
+        rows.push(match store.manifest(version, "the list").await {
+            Ok(manifest) => json!({
+                "version": version, "channels": named, "lineage": manifest.lineage, "epoch": manifest.epoch,
+                "batch": manifest.facts.batch, "frontier": manifest.facts.frontier_time.map(|t| t.to_string()),
+                "rows": manifest.rows, "bytes": bytes(&manifest),
+                "logloss": metric(&manifest, "logloss"), "auc": metric(&manifest, "auc"),
+            }),
+            Err(e) => {
+                json!({ "version": version, "channels": named, "error": format!("{:#}", anyhow::Error::from(e)) })
+            }
+        });
+    }
+    if place.json {
+        return Ok(writeln!(out, "{}", serde_json::Value::from(rows))?);
+    }
+    writeln!(
+        out,
+        "{:>8} {:>10} {:<24} {:>10} {:>12} {:>9} {:>7}  channels",
+        "version", "batch", "frontier", "rows", "bytes", "logloss", "auc"
+    )?;
+    for row in &rows {
+        let number = |key: &str| row[key].as_u64().map_or_else(|| "-".to_owned(), |n| n.to_string());
+        let float = |key: &str, digits| row[key].as_f64().map_or_else(|| "-".to_owned(), |f| format!("{f:.digits$}"));
+        if let Some(error) = row["error"].as_str() {
+            writeln!(out, "{:>8} {error}", number("version"))?;
+            continue;
+        }
+        let named: Vec<_> = row["channels"].as_array().into_iter().flatten().filter_map(|c| c.as_str()).collect();
+        writeln!(
+            out,
+            "{:>8} {:>10} {:<24} {:>10} {:>12} {:>9} {:>7}  {}",
+            number("version"),
+            number("batch"),
+            row["frontier"].as_str().unwrap_or("-"),
+            number("rows"),
+            number("bytes"),
+            float("logloss", 5),
+            float("auc", 4),
+            named.join(" ")
+        )?;
+    }
+    Ok(())
+}
+
+fn bytes(manifest: &Manifest) -> u64 {
+    manifest.objects.iter().map(|object| object.length).sum()
+}
+
+/// A cumulative figure of the progressive report.
+fn metric(manifest: &Manifest, name: &str) -> Option<f64> {
+    manifest.facts.metrics.get("cumulative")?.get(name)?.as_f64()
+}
+
+// ------------------------------------------------------------------------------------------------------------- show
+
+async fn show(store: &Store, version: Option<Version>, place: &Where, out: &mut String) -> anyhow::Result<()> {
+    let version = match version {
+        Some(version) => version,
+        None => {
+            let channel = place.channel.as_deref().unwrap_or("live");
+            let entry = store.latest(channel).await?;
+            let version = entry.and_then(|entry| entry.version);
+            version.with_context(|| format!("channel `{channel}` in `{}` names no version yet", place.store))?
+        }
+    };
+    let manifest = store.manifest(version, "the command line").await?;
+    if place.json {
+        return Ok(writeln!(out, "{}", serde_json::to_string(&manifest)?)?);
+    }
+    let Manifest { facts, model, .. } = &manifest;
+    let mut line = |name: &str, value: &dyn std::fmt::Display| writeln!(out, "{name:<16} {value}");
+    let or_none = |value: Option<String>| value.unwrap_or_else(|| "none".to_owned());
+    line("version", &version)?;
+    line("parent", &or_none(manifest.parent.map(|v| v.to_string())))?;
+    line("lineage", &manifest.lineage)?;
+    line("epoch", &format_args!("{}, writer {}", manifest.epoch, manifest.writer))?;
+    line("created", &manifest.created)?;
+    line("build", &format_args!("tidemill {} on {}", manifest.build.crate_version, manifest.build.target))?;
+    for object in &manifest.objects {
+        line("object", &format_args!("{}, {} bytes", object.name, object.length))?;
+    }
+    line("model", &format_args!("{}, {} rows", model.kind, manifest.rows))?;
+    line("model config", &model.config)?;
+    line("schema hash", &model.schema_hash)?;
+    line("batch", &facts.batch)?;
+    line("frontier", &or_none(facts.frontier_time.map(|t| t.to_string())))?;
+    line("event times", &or_none(facts.event_times.map(|(from, to)| format!("{from} to {to}"))))?;
+    for position in &facts.positions {
+        line("position", &format_args!("{} {} at {}", position.stream.name(), position.name, position.offset))?;
+    }
+    for (name, count) in &facts.counts {
+        line("count", &format_args!("{name} {count}"))?;
+    }
+    if let Some(metrics) = facts.metrics.get("cumulative").and_then(|m| m.as_object()) {
+        for (name, value) in metrics {
+            line("metric", &format_args!("{name} {value}"))?;
+        }
+    }
+    line("journal", &format_args!("{} entries", facts.journal.len()))?;
+    line("golden vectors", &manifest.golden.len())?;
+    line("model digest", &facts.model_digest)?;
+    line("order digest", &facts.order_digest)?;
+    Ok(())
+}
+
+// ----------------------------------------------------------------------------------------------------------- verify
+
+async fn verify(store: &Store, version: Option<Version>, place: &Where, out: &mut String) -> anyhow::Result<()> {
+    let mut checked = Vec::new();
+    let mut note = |what: String, error: Option<String>| checked.push((what, error));
+    let versions = match version {
+        Some(version) => vec![version],
+        None => store.versions().await?.into_keys().collect(),
+    };
+    for version in versions {
+        let loaded = store.load(version).await;
+        note(format!("version {version}"), loaded.err().map(|e| format!("{:#}", anyhow::Error::from(e))));
+    }
+    if version.is_none() {
+        for channel in place.channels(store).await? {
+            note(format!("channel {channel}"), history(store, &channel).await.err().map(|e| format!("{e:#}")));
+        }
+    }
+    let failures = checked.iter().filter(|(_, error)| error.is_some()).count();
+    if place.json {
+        let list: Vec<_> = checked.iter().map(|(what, error)| json!({ "what": what, "error": error })).collect();
+        writeln!(out, "{}", json!({ "ok": failures == 0, "checked": list }))?;
+    } else {
+        for (what, error) in &checked {
+            writeln!(out, "{what}: {}", error.as_deref().unwrap_or("ok"))?;
+        }
+    }
+    if checked.is_empty() {
+        bail!("`{}` holds no snapshot, so there is nothing to verify", place.store);
+    }
+    if failures > 0 {
+        let first = checked.iter().find_map(|(what, error)| error.as_ref().map(|error| format!("{what}: {error}")));
+        bail!("{failures} of {} checks failed, the first: {}", checked.len(), first.unwrap_or_default());
+    }
+    Ok(())
+}
+
+/// Walks all entries of a channel: none missing, epochs never fall, and the version of the last one is there.
+async fn history(store: &Store, channel: &str) -> anyhow::Result<()> {
+    let Some(last) = store.latest(channel).await? else { return Ok(()) };
+    let mut epoch = None;
+    for number in 1..=last.number {
+        let entry = store.entry(channel, number).await?;
+        let entry =
+            entry.with_context(|| format!("entry {number} is missing, up to {} all must be there", last.number))?;
+        if Some(entry.epoch) < epoch {
+            bail!("entry {number} has epoch {}, after a larger one: a fenced writer was let through", entry.epoch);
+        }
+        epoch = Some(entry.epoch);
+    }
+    if let Some(version) = last.version {
+        store.manifest(version, &format!("channel `{channel}`")).await?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use clap::Parser;
+
+    use super::*;
+    use crate::event::{Slot, Time};
+    use crate::snapshot::{Facts, Golden, ModelInfo, Publisher, Settings, Weights};
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        snapshots: Snapshots,
+    }
+
+    fn call(args: &[&str], dir: &Path) -> (String, anyhow::Result<()>) {
+        let all = ["tidemill"].iter().chain(args).copied().chain(["--store", dir.to_str().unwrap()]);
+        let cli = Cli::try_parse_from(all).unwrap();
+        let mut out = String::new();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let done = runtime.block_on(cli.snapshots.write(&mut out));
+        (out, done)
+    }
+
+    fn publish(dir: &Path) {
+        let settings = Settings { store: dir.to_str().unwrap().to_owned(), ..Settings::default() };
+        let plan = settings.check().unwrap();
+        let weights = Weights::new(vec![3, 9], vec![0.5, -0.25], -1.0, vec![3]).unwrap();
+        let golden = [Golden::new(&[Slot { row: 9, value: 1.0, feature: 0, flags: 0 }], -1.25)];
+        let facts = |batch| Facts {
+            batch,
+            frontier_time: Some(Time(1_700_000_000_000)),
+            metrics: json!({ "cumulative": { "logloss": 0.61, "auc": 0.7125 } }),
+            ..Facts::default()
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let model = ModelInfo { kind: "logistic".to_owned(), ..ModelInfo::default() };
+            let mut publisher = Publisher::open(plan.open().unwrap(), &plan, "main", model).await.unwrap();
+            publisher.publish(&weights, facts(7), &golden).await.unwrap();
+            publisher.publish(&weights, facts(8), &golden).await.unwrap();
+        });
+    }
+
+    #[test]
+    fn list_and_show_say_what_a_person_asks_first() {
+        let dir = tempfile::tempdir().unwrap();
+        publish(dir.path());
+        let (text, done) = call(&["list"], dir.path());
+        done.unwrap();
+        let lines: Vec<_> = text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>()).collect();
+        assert_eq!(lines.len(), 3, "{text}");
+        assert_eq!(lines[2][..4], ["2", "8", "2023-11-14T22:13:20.000Z", "2"]);
+        assert_eq!(lines[2][5..], ["0.61000", "0.7125", "live"]);
+        let (text, done) = call(&["show"], dir.path());
+        done.unwrap();
+        assert!(text.contains("version          2\n") && text.contains("metric           auc 0.7125"), "{text}");
+        let (text, done) = call(&["show", "1", "--json"], dir.path());
+        done.unwrap();
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap()["facts"]["batch"], 7);
+    }
+
+    #[test]
+    fn verify_passes_on_a_good_store_and_names_version_and_object_on_a_damaged_one() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(call(&["verify"], dir.path()).1.unwrap_err().to_string().contains("nothing to verify"));
+        publish(dir.path());
+        let (text, done) = call(&["verify"], dir.path());
+        done.unwrap();
+        assert_eq!(text, "version 1: ok\nversion 2: ok\nchannel live: ok\n");
+        let object = std::fs::read_dir(dir.path().join("objects")).unwrap().next().unwrap().unwrap();
+        let mut bytes = std::fs::read(object.path()).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        std::fs::write(object.path(), bytes).unwrap();
+        let (text, done) = call(&["verify", "--json"], dir.path());
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap()["ok"], false);
+        let error = done.unwrap_err().to_string();
+        assert!(error.contains("version 1") && error.contains(object.file_name().to_str().unwrap()), "{error}");
+        std::fs::remove_file(dir.path().join("channels/live/000000000002.json")).unwrap();
+        let (text, _) = call(&["verify"], dir.path());
+        assert!(text.contains("channel live: entry 2 is missing"), "{text}");
+    }
+}

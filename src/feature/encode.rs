@@ -416,3 +416,169 @@ fn cross_row(seed: u64, rows: &[u64]) -> u64 {
 fn bounded(v: f32) -> f32 {
     v.clamp(-(BOUND as f32), BOUND as f32)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::feature::{CrossSettings, FeatureSettings};
+
+    fn schema(features: &str, crosses: &str) -> Schema {
+        let features: Vec<FeatureSettings> = serde_json::from_str(features).unwrap();
+        let crosses: Vec<CrossSettings> = serde_json::from_str(crosses).unwrap();
+        Schema::new(&features, &crosses).unwrap()
+    }
+
+    fn rows(slots: &[Slot], feature: u16) -> Vec<u64> {
+        slots.iter().filter(|slot| slot.feature == feature).map(|slot| slot.row).collect()
+    }
+
+    #[test]
+    fn one_value_has_one_text_whatever_its_type() {
+        let schema = schema(r#"[{"name": "a"}]"#, "[]");
+        let mut encoder = Encoder::new(&schema);
+        let mut out = Vec::new();
+        encoder.push_str(0, "10").unwrap();
+        encoder.finish(&mut out);
+        encoder.push_i64(0, 10).unwrap();
+        encoder.finish(&mut out);
+        encoder.push_u64(0, 10).unwrap();
+        encoder.finish(&mut out);
+        encoder.push_f64(0, 10.0).unwrap();
+        encoder.finish(&mut out);
+        assert!(out.iter().all(|slot| *slot == out[0]) && out.len() == 4);
+        encoder.push_f64(0, f64::NAN).unwrap();
+        encoder.finish(&mut out);
+        assert_eq!(out[4], schema.missing_slot(0));
+    }
+
+    #[test]
+    fn at_serving_a_presentation_feature_keeps_its_declared_value() {
+        let schema =
+            schema(r#"[{"name": "position", "role": "presentation", "at_serving": 1}, {"name": "item"}]"#, "[]");
+        let encode = |mut encoder: Encoder, position: Option<i64>| {
+            let mut out = Vec::new();
+            if let Some(position) = position {
+                encoder.push_i64(0, position).unwrap();
+            }
+            encoder.push_str(1, "x").unwrap();
+            encoder.finish(&mut out);
+            out
+        };
+        let served = encode(Encoder::at_serving(&schema), Some(7));
+        assert_eq!(served, encode(Encoder::at_serving(&schema), None));
+        assert_eq!(served, encode(Encoder::new(&schema), Some(1)));
+        assert_ne!(served, encode(Encoder::new(&schema), Some(7)));
+    }
+
+    #[test]
+    fn a_number_refuses_text_and_only_a_multi_takes_weights() {
+        let schema =
+            schema(r#"[{"name": "n", "kind": "numeric"}, {"name": "s", "kind": "sequence"}, {"name": "c"}]"#, "[]");
+        let mut encoder = Encoder::new(&schema);
+        assert_eq!(encoder.push_str(0, "1"), Err(A_NUMBER));
+        assert_eq!(encoder.push_weighted(1, "1", 1.0), Err(A_WEIGHT));
+        assert_eq!(encoder.push_weighted(2, "1", 1.0), Err(A_WEIGHT));
+    }
+
+    #[test]
+    fn a_multi_keeps_its_first_values_and_a_sequence_its_last() {
+        let schema = schema(
+            r#"[{"name": "a", "kind": "multi", "max_len": 2}, {"name": "b", "kind": "sequence", "max_len": 2}]"#,
+            "[]",
+        );
+        let mut encoder = Encoder::new(&schema);
+        for value in ["x", "y", "z"] {
+            encoder.push_str(0, value).unwrap();
+            encoder.push_str(1, value).unwrap();
+        }
+        let mut out = Vec::new();
+        encoder.finish(&mut out);
+        let row = |name: &str, text: &str| row_of(text.as_bytes(), crate::feature::schema::seed_of(name));
+        assert_eq!(rows(&out, 0), [row("a", "x"), row("a", "y")]);
+        assert_eq!(rows(&out, 1), [row("b", "y"), row("b", "z")]);
+    }
+
+    proptest! {
+        #[test]
+        fn the_text_of_a_float_reads_back_as_the_same_float(bits in any::<u64>()) {
+            let v = f64::from_bits(bits);
+            prop_assume!(v.is_finite());
+            let mut digits = Digits::default();
+            let text = digits.f64(v);
+            prop_assert_eq!(text.parse::<f64>().unwrap(), v);
+            if v.trunc() == v && v.abs() < 9e15 {
+                prop_assert_eq!(text, (v as i64).to_string());
+            }
+        }
+
+        #[test]
+        fn buckets_grow_with_the_number_and_mirror_its_sign(a in any::<f64>(), b in any::<f64>(), shift in 0u32..=10) {
+            prop_assume!(!a.is_nan() && !b.is_nan());
+            let (low, high) = if a <= b { (a, b) } else { (b, a) };
+            prop_assert!(bucket(low, shift) <= bucket(high, shift));
+            prop_assert_eq!(bucket(-a, shift), -bucket(a, shift));
+            // Twice as much is an octave further.
+            if (1e-3..1e300).contains(&a.abs()) {
+                prop_assert_eq!(bucket(2.0 * a.abs(), shift) - bucket(a.abs(), shift), 1 << shift);
+            }
+        }
+
+        #[test]
+        fn a_bag_has_length_one_and_bounded_values(weights in prop::collection::vec(any::<f64>(), 0..40)) {
+            let schema = schema(r#"[{"name": "a", "kind": "multi", "max_len": 20}]"#, "[]");
+            let mut encoder = Encoder::new(&schema);
+            for (i, weight) in weights.iter().enumerate() {
+                encoder.push_weighted(0, &i.to_string(), *weight).unwrap();
+            }
+            let mut out = Vec::new();
+            encoder.finish(&mut out);
+            let squares: f64 = out.iter().map(|slot| f64::from(slot.value).powi(2)).sum();
+            prop_assert!((squares - 1.0).abs() < 1e-5, "{}", squares);
+            prop_assert!(out.len() <= 20);
+        }
+
+        #[test]
+        fn a_cross_is_the_bounded_product_of_its_parts(
+            a in prop::collection::vec(0u64..9, 0..6), b in 0u64..9, c in prop::collection::vec(0u64..9, 0..6), max in 1u32..40,
+        ) {
+            let crosses = format!(r#"[{{"of": ["a", "b", "c"], "max": {max}}}, {{"of": ["c", "a"], "max": {max}, "name": "ca"}}]"#);
+            let schema = schema(r#"[{"name": "a", "kind": "multi"}, {"name": "b"}, {"name": "c", "kind": "sequence"}]"#, &crosses);
+            let mut encoder = Encoder::new(&schema);
+            for &v in &a {
+                encoder.push_u64(0, v).unwrap();
+            }
+            encoder.push_u64(1, b).unwrap();
+            for &v in &c {
+                encoder.push_u64(2, v).unwrap();
+            }
+            // What stands in front of a record in a chunk does not matter.
+            let mut out = vec![Slot::default(); 3];
+            encoder.finish(&mut out);
+            let out = &out[3..];
+            let part = |feature: u16| out.iter().filter(move |slot| slot.feature == feature);
+            let product = |parts: &[&Slot], seed: u64| {
+                let bytes: Vec<u8> = parts.iter().flat_map(|slot| slot.row.to_le_bytes()).collect();
+                let value = parts[1..].iter().fold(parts[0].value, |value, slot| value * slot.value);
+                (row_of(&bytes, seed), value)
+            };
+            let mut expected = Vec::new();
+            for a in part(0) {
+                for b in part(1) {
+                    expected.extend(part(2).map(|c| product(&[a, b, c], schema.crosses[0].seed)));
+                }
+            }
+            expected.truncate(max as usize);
+            let got: Vec<_> = part(3).map(|slot| (slot.row, slot.value)).collect();
+            prop_assert_eq!(got, expected);
+            let mut expected = Vec::new();
+            for c in part(2) {
+                expected.extend(part(0).map(|a| product(&[c, a], schema.crosses[1].seed)));
+            }
+            expected.truncate(max as usize);
+            let got: Vec<_> = part(4).map(|slot| (slot.row, slot.value)).collect();
+            prop_assert_eq!(got, expected);
+        }
+    }
+}

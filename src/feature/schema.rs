@@ -461,7 +461,10 @@ fn check_feature(settings: &FeatureSettings, key: impl Fn(&str) -> String) -> Re
     if settings.role == Some(Role::Presentation) {
         let fits = match (&settings.at_serving, settings.kind) {
             (None, _) => {
-                return Err(setting(key("at_serving"), "is missing; a presentation feature needs its value at serving"));
+                return Err(setting(
+                    key("at_serving"),
+                    "is missing; a presentation feature needs its value at serving",
+                ));
             }
             (Some(Scalar::Text(_)), FeatureKind::Numeric) => false,
             (Some(Scalar::Float(x)), _) if !x.is_finite() => false,
@@ -511,4 +514,175 @@ fn check_cross(
     }
     let plain = !parts.iter().any(|&part| matches!(features[part].rule, Rule::Bag { .. }));
     Ok(Cross { seed: seed_of(&name), name, parts, max: max as usize, plain, settings: canonical })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn features(toml: &str) -> (Vec<FeatureSettings>, Vec<CrossSettings>) {
+        #[derive(Deserialize)]
+        struct Both {
+            #[serde(default)]
+            features: Vec<FeatureSettings>,
+            #[serde(default)]
+            crosses: Vec<CrossSettings>,
+        }
+        let both: Both = toml::from_str(toml).unwrap();
+        (both.features, both.crosses)
+    }
+
+    fn schema(toml: &str) -> Result<Schema, Error> {
+        let (features, crosses) = features(toml);
+        Schema::new(&features, &crosses)
+    }
+
+    const EXAMPLE: &str = r#"
+        [[features]]
+        name = "user_id"
+        from = "user.id"
+        tower = "user"
+        [[features]]
+        name = "category"
+        [[features]]
+        name = "position"
+        role = "presentation"
+        at_serving = "1"
+        [[features]]
+        name = "age"
+        kind = "numeric"
+        clip = [0, 100]
+        [[crosses]]
+        of = ["user_id", "category"]
+    "#;
+
+    #[test]
+    fn the_design_s_example_is_a_schema() {
+        let schema = schema(EXAMPLE).unwrap();
+        assert_eq!((schema.features(), schema.len()), (4, 5));
+        assert_eq!(schema.name(4), "user_id*category");
+        assert_eq!(schema.index_of("age"), Some(3));
+        assert!(schema.is_presentation(2) && !schema.is_presentation(0) && !schema.is_presentation(4));
+        assert_eq!((schema.tower(0), schema.tower(4)), (Tower::User, Tower::None));
+        let rows: std::collections::BTreeSet<u64> =
+            (0..schema.len()).flat_map(|i| [schema.default_row(i), schema.missing_row(i)]).collect();
+        assert_eq!(rows.len(), 2 * schema.len());
+    }
+
+    #[test]
+    fn the_hash_is_the_same_for_ever() {
+        let schema = schema(EXAMPLE).unwrap();
+        assert_eq!(
+            schema.to_json(),
+            concat!(
+                r#"{"encoding":1,"features":[{"name":"user_id","from":"user.id","kind":"categorical","tower":"user"},"#,
+                r#"{"name":"category","from":"category","kind":"categorical","tower":"none"},"#,
+                r#"{"name":"position","from":"position","kind":"categorical","tower":"none","role":"presentation","at_serving":"1"},"#,
+                r#"{"name":"age","from":"age","kind":"numeric","tower":"none","clip":[0.0,100.0],"as":"bucket","per_octave":1}],"#,
+                r#""crosses":[{"of":["user_id","category"],"name":"user_id*category","max":64}]}"#,
+            )
+        );
+        assert_eq!(schema.hash(), "9372f5d3e55a84a9");
+    }
+
+    #[test]
+    fn spelling_out_a_default_changes_no_hash_but_the_order_of_features_does() {
+        let hash = |toml: &str| schema(toml).unwrap().hash();
+        let plain = "[[features]]\nname = 'a'\n[[features]]\nname = 'b'\nkind = 'numeric'";
+        let spelled = "[[features]]\nname = 'a'\nfrom = 'a'\nkind = 'categorical'\n[[features]]\nname = 'b'\nkind = 'numeric'\nas = 'bucket'";
+        let turned = "[[features]]\nname = 'b'\nkind = 'numeric'\n[[features]]\nname = 'a'";
+        assert_eq!(hash(plain), hash(spelled));
+        assert_ne!(hash(plain), hash(turned));
+    }
+
+    #[test]
+    fn mistakes_are_refused_with_their_key() {
+        for (toml, expected) in [
+            ("", "`features` is empty"),
+            ("[[features]]\nname = ''", "`features[0].name` is empty"),
+            ("[[features]]\nname = 'a'\n[[features]]\nname = 'a'", "`features[1].name` is `a`, which another"),
+            ("[[features]]\nname = 'a..b'", "`features[0].from` is the path `a..b`, which has an empty key"),
+            (
+                "[[features]]\nname = 'a'\nfrom = 'b\\'",
+                "`features[0].from` is the path `b\\`, which ends in a lone backslash",
+            ),
+            ("[[features]]\nname = 'a'\nscale = 2", "`features[0].scale` belongs to kind = \"numeric\""),
+            ("[[features]]\nname = 'a'\nkind = 'numeric'\nbins = [1]", "`features[0].bins` belongs to a numeric as"),
+            ("[[features]]\nname = 'a'\nkind = 'numeric'\nas = 'bins'", "`features[0].bins` must be 1 to 4096"),
+            ("[[features]]\nname = 'a'\nkind = 'numeric'\nas = 'bins'\nbins = [1, 1]", "`features[0].bins` must be"),
+            ("[[features]]\nname = 'a'\nkind = 'numeric'\nclip = [1, 1]", "`features[0].clip` is [1, 1]"),
+            ("[[features]]\nname = 'a'\nkind = 'numeric'\nclip = [nan, 1]", "`features[0].clip` is [NaN, 1]"),
+            ("[[features]]\nname = 'a'\nkind = 'numeric'\nscale = 0", "`features[0].scale` is 0"),
+            ("[[features]]\nname = 'a'\nkind = 'numeric'\nper_octave = 3", "`features[0].per_octave` is 3"),
+            ("[[features]]\nname = 'a'\nkind = 'multi'\nmax_len = 0", "`features[0].max_len` is 0"),
+            ("[[features]]\nname = 'a'\nat_serving = 1", "`features[0].at_serving` belongs to role"),
+            ("[[features]]\nname = 'a'\nrole = 'presentation'", "`features[0].at_serving` is missing"),
+            (
+                "[[features]]\nname = 'a'\nkind = 'numeric'\nrole = 'presentation'\nat_serving = '1'",
+                "`features[0].at_serving` must be a finite",
+            ),
+            (
+                "[[features]]\nname = 'a'\nkind = 'multi'\nrole = 'presentation'\nat_serving = '1'",
+                "`features[0].role` is presentation",
+            ),
+            ("[[features]]\nname = 'a'\n[[crosses]]\nof = ['a']", "`crosses[0].of` names 1 features"),
+            ("[[features]]\nname = 'a'\n[[crosses]]\nof = ['a', 'x']", "`crosses[0].of` names `x`"),
+            ("[[features]]\nname = 'a'\n[[crosses]]\nof = ['a', 'a']", "`crosses[0].of` names `a` twice"),
+            (
+                "[[features]]\nname = 'a'\n[[features]]\nname = 'b'\n[[crosses]]\nof = ['a', 'b']\nmax = 0",
+                "`crosses[0].max` is 0",
+            ),
+            (
+                "[[features]]\nname = 'a'\n[[features]]\nname = 'b'\n[[crosses]]\nof = ['a', 'b']\nname = 'b'",
+                "`crosses[0].name` is `b`",
+            ),
+            (
+                "[[features]]\nname = 'a'\n[[features]]\nname = 'p'\nrole = 'presentation'\nat_serving = true\n[[crosses]]\nof = ['a', 'p']",
+                "`crosses[0].of` names `p`, a presentation",
+            ),
+        ] {
+            let message = schema(toml).unwrap_err().to_string();
+            assert!(message.starts_with(expected), "{toml}\n{message}");
+        }
+    }
+
+    #[test]
+    fn a_schema_of_another_encoding_is_refused() {
+        let json = schema(EXAMPLE).unwrap().to_json().replace(r#""encoding":1"#, r#""encoding":2"#);
+        assert!(matches!(Schema::from_json(&json), Err(Error::Version { found: 2, known: 1 })));
+        assert!(matches!(Schema::from_json("{}"), Err(Error::Json(_))));
+    }
+
+    #[test]
+    fn paths_are_read_and_written() {
+        for text in ["a", "a.b.3", ".item", ".", "a\\.b.c", "a\\\\.b"] {
+            assert_eq!(Path::parse(text).unwrap().to_string(), text);
+        }
+        assert_eq!(Path::parse("a\\.b.c").unwrap().parts, ["a.b", "c"]);
+        assert!(Path::parse(".a").unwrap().of_element);
+        assert!(Path::parse("").is_err() && Path::parse("a.").is_err() && Path::parse("..a").is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn a_schema_survives_its_json(edges in prop::collection::btree_set(any::<i32>(), 1..20), divisor in 1e-300..1e300f64) {
+            let mut edges: Vec<f64> = edges.into_iter().map(|edge| f64::from(edge) / divisor).collect();
+            edges.dedup();
+            let feature = FeatureSettings {
+                name: "x".into(),
+                kind: FeatureKind::Numeric,
+                form: Some(Form::Bins),
+                bins: Some(edges),
+                scale: Some(divisor),
+                ..FeatureSettings::default()
+            };
+            if let Ok(schema) = Schema::new(&[feature], &[]) {
+                let again = Schema::from_json(&schema.to_json()).unwrap();
+                prop_assert_eq!(again.hash(), schema.hash());
+                prop_assert_eq!(again, schema);
+            }
+        }
+    }
 }

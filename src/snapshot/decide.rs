@@ -148,9 +148,8 @@ mod tests {
 
     #[test]
     fn retention_keeps_the_newest_the_named_and_the_young() {
-        let mut seen = Inventory::default();
-        (1..=8).for_each(|v| drop(seen.versions.insert(Version(v), Time(v as i64 * 100))));
-        seen.named.insert(Version(2));
+        let versions = (1..=8).map(|v| (Version(v), Time(v as i64 * 100))).collect();
+        let seen = Inventory { versions, named: BTreeSet::from([Version(2)]) };
         let gone = |keep, grace, now| outdated(&seen, keep, grace, Time(now)).iter().map(|v| v.0).collect::<Vec<_>>();
         assert_eq!(gone(3, 0, 10_000), [1, 3, 4, 5]);
         assert_eq!(gone(3, 600, 1_000), [1, 3], "5 and 4 are not older than the grace time");

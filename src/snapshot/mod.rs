@@ -9,6 +9,8 @@ pub mod manifest;
 pub mod publish;
 pub mod retain;
 pub mod store;
+#[cfg(test)]
+mod tests;
 pub mod weights;
 
 pub use manifest::{Epoch, Facts, Golden, Manifest, ModelInfo, Version};

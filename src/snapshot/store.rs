@@ -279,7 +279,7 @@ impl Store {
         let mut numbers = BTreeMap::new();
         for (key, written) in self.list(folder).await? {
             match number(&key) {
-                Some(number) => drop(numbers.insert(number, written)),
+                Some(number) => _ = numbers.insert(number, written),
                 None => tracing::warn!(key, "not a name that tidemill gives; ignored"),
             }
         }

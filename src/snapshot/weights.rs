@@ -49,12 +49,12 @@ impl Weights {
         Ok(Self { ids, weights, intercept, default_rows, defaults })
     }
 
-    /// Logit of an encoded example: the intercept, then for each slot in its order `weight * value` added, all in f32
-    /// without fused operations. A row that is not there counts as its feature's default row; a feature past the end of
+    /// Logit of an encoded example: `weight * value` of the slots, summed from 0 in their order, then the intercept added,
+    /// all in f32 without fused operations. A row that is not there counts as its feature's default row; a feature past the end of
     /// the default rows, which no example of this schema has, counts as 0.
     #[must_use]
     pub fn logit(&self, slots: &[Slot]) -> f32 {
-        slots.iter().fold(self.intercept, |sum, slot| sum + self.weight(slot.row, slot.feature) * slot.value)
+        slots.iter().fold(0.0, |sum, slot| sum + self.weight(slot.row, slot.feature) * slot.value) + self.intercept
     }
 
     /// The weight that a row has in a score.
@@ -142,8 +142,9 @@ pub fn prove(
             ));
         }
         let (expected, found) = (example.logit, score(&example.slots()));
-        // Written so that a NaN on either side is refused.
-        if !((found - expected).abs() <= TOLERANCE * expected.abs().max(1.0)) {
+        // False when either is NaN.
+        let reproduced = (found - expected).abs() <= TOLERANCE * expected.abs().max(1.0);
+        if !reproduced {
             return Err(format!("golden vector {at} gives a logit of {found}, expected {expected}"));
         }
     }

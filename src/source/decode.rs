@@ -186,6 +186,8 @@ struct Node {
     is_root: bool,
     has_bag: bool,
     is_slate: bool,
+    /// Paths go on inside of it.
+    goes_on: bool,
     takes_array: bool,
     takes_object: bool,
 }
@@ -609,6 +611,7 @@ impl Walker {
             node.first = if node.named > 0 { 0 } else { NO_KEY };
             node.has_bag = node.targets.iter().any(|target| matches!(target, Target::Bag(..)));
             node.is_slate = node.targets.contains(&Target::Slate);
+            node.goes_on = node.named > 0 || node.targets.is_empty();
             if node.is_slate && (node.targets.len() > 1 || node.named > 0) {
                 return Err(format!("names `{}`, which another path uses too; start that one with a dot", node.path));
             }
@@ -656,7 +659,7 @@ impl Walker {
     #[inline]
     fn give(&mut self, node: usize, value: Value<'_>) -> Result<(), ()> {
         let targets = self.nodes[node].targets.len();
-        if targets == 0 && !matches!(value, Value::Null) {
+        if self.nodes[node].goes_on && !matches!(value, Value::Null) {
             return self.refuse(node, &format!("is {}, but paths go on inside of it", value.name()));
         }
         for i in 0..targets {
@@ -1171,6 +1174,563 @@ impl Decoder {
                     }
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::Value as Json;
+
+    use super::*;
+    use crate::feature::schema::{row_of, seed_of};
+    use crate::feature::{CrossSettings, FeatureSettings};
+
+    fn schema(features: &str, crosses: &str) -> Schema {
+        let features: Vec<FeatureSettings> = serde_json::from_str(features).unwrap();
+        let crosses: Vec<CrossSettings> = serde_json::from_str(crosses).unwrap();
+        Schema::new(&features, &crosses).unwrap()
+    }
+
+    fn settings(toml: &str) -> RecordSettings {
+        toml::from_str(toml).unwrap()
+    }
+
+    fn decoder(mapping: &str, features: &str) -> Decoder {
+        let schema = schema(features, "[]");
+        Decoder::new(Stream::Impressions, &settings(mapping), Some(&schema), true).unwrap()
+    }
+
+    fn decode(decoder: &mut Decoder, raw: &str) -> Chunk {
+        let mut chunk = Chunk::default();
+        decoder.decode(raw.as_bytes(), 7, Fingerprint(9), &mut chunk);
+        chunk
+    }
+
+    /// The reason for which the record is rejected, and only it.
+    fn reason(decoder: &mut Decoder, raw: &str) -> String {
+        let chunk = decode(decoder, raw);
+        assert_eq!(chunk.records.len(), 1, "{raw}");
+        assert_eq!(
+            (chunk.records[0].kind, chunk.records[0].offset, chunk.records[0].before),
+            (Kind::Rejected, 7, 9),
+            "{raw}"
+        );
+        assert_eq!((chunk.records[0].id, chunk.records[0].event_time), (0, Time::MIN));
+        assert_eq!(chunk.text_of(&chunk.records[0]), raw.as_bytes());
+        assert!(chunk.slots.is_empty());
+        chunk.reason_of(0).to_owned()
+    }
+
+    fn event(decoder: &mut Decoder, raw: &str) -> Record {
+        let chunk = decode(decoder, raw);
+        assert_eq!((chunk.records.len(), chunk.reason_of(0)), (1, ""), "{raw}");
+        chunk.records[0]
+    }
+
+    #[test]
+    fn a_record_without_an_id_or_a_time_is_rejected_with_its_position() {
+        let mut decoder = decoder("", r#"[{"name": "a"}]"#);
+        assert_eq!(reason(&mut decoder, r#"{"ts":1}"#), "`id` is missing: no id");
+        assert_eq!(reason(&mut decoder, r#"{"id":null,"ts":1}"#), "`id` is missing: no id");
+        assert_eq!(reason(&mut decoder, r#"{"id":"","ts":1}"#), "`id` is missing: no id");
+        assert_eq!(reason(&mut decoder, r#"{"id":1}"#), "`ts` is missing: no event time");
+        assert_eq!(reason(&mut decoder, r#"{"id":1,"ts":null}"#), "`ts` is missing: no event time");
+    }
+
+    #[test]
+    fn what_is_no_record_is_rejected() {
+        let mut decoder = decoder("", r#"[{"name": "a"}]"#);
+        for (raw, expected) in [
+            ("", "invalid JSON: "),
+            ("{", "invalid JSON: "),
+            (r#"{"id":1,"ts":1"#, "invalid JSON: "),
+            (r#"{"id":1,"ts":1}}"#, "invalid JSON: "),
+            (r#"{"id":1,"ts":1,"other":[1,}"#, "invalid JSON: "),
+            (r#"{"id":1,"ts":1,"other":tru}"#, "invalid JSON: "),
+            (r#"{"id":1,"ts":1,"a":1e999}"#, "invalid JSON: "),
+            (r#"{"id":1,"ts":1,"a":"\ud800"}"#, "invalid JSON: "),
+            ("{\"id\":1,\"ts\":1,\"a\":\"\n\"}", "invalid JSON: "),
+            ("[1]", "the record is an array; it must be an object"),
+            ("null", "the record is null; it must be an object"),
+            ("5", "the record is a number, but paths go on inside of it"),
+            (r#"{"id":{},"ts":1}"#, "`id` is an object; it must be a string, number or boolean"),
+            (r#"{"id":1,"ts":1,"a":[1]}"#, "`a` is an array; it must be a string, number or boolean"),
+            (r#"{"id":1,"ts":1,"id":2}"#, "`id` is there twice"),
+        ] {
+            let reason = reason(&mut decoder, raw);
+            assert!(reason.starts_with(expected) && !reason.contains('\n'), "{raw}: {reason}");
+        }
+        // Members that no path names may be repeated; the decoder is none the worse for the rejects.
+        event(&mut decoder, r#"{"x":1,"id":1,"x":2,"ts":1}"#);
+    }
+
+    #[test]
+    fn invalid_utf8_is_rejected_wherever_it_stands() {
+        let mut decoder = decoder("", r#"[{"name": "a"}]"#);
+        for raw in [
+            &b"{\"id\":1,\"ts\":1,\"a\":\"\xFF\"}"[..],
+            b"{\"id\":1,\"ts\":1,\"skipped\":\"\xC3\"}",
+            b"{\"id\":1,\"ts\":1}\xFF",
+        ] {
+            let mut chunk = Chunk::default();
+            decoder.decode(raw, 0, Fingerprint::NONE, &mut chunk);
+            assert!(chunk.reason_of(0).starts_with("invalid UTF-8 after "), "{}", chunk.reason_of(0));
+            assert_eq!(chunk.text, raw);
+        }
+    }
+
+    #[test]
+    fn a_line_of_brackets_is_rejected_and_does_not_end_the_process() {
+        let mut decoder = decoder("", r#"[{"name": "a"}]"#);
+        let deep = format!(r#"{{"id":1,"ts":1,"x":{}"#, "[".repeat(1_000_000));
+        assert_eq!(reason(&mut decoder, &deep), "arrays and objects are nested more than 128 deep");
+        let many = format!(r#"{{"id":1,"ts":1,"x":[{}[]],"y":"{}"}}"#, "[],".repeat(1000), "[\\\"".repeat(1000));
+        event(&mut decoder, &many);
+    }
+
+    #[test]
+    fn a_rejected_record_leaves_the_others_of_its_chunk_alone() {
+        let mut decoder = decoder("", r#"[{"name": "a"}]"#);
+        let mut chunk = Chunk::default();
+        for raw in [r#"{"id":"x","ts":1,"a":5}"#, r#"{"a":6,"id":[]}"#, r#"{"id":"y","ts":2}"#] {
+            decoder.decode(raw.as_bytes(), 0, Fingerprint::NONE, &mut chunk);
+        }
+        assert_eq!(
+            chunk.records.iter().map(|record| record.kind).collect::<Vec<_>>(),
+            [Kind::Impression, Kind::Rejected, Kind::Impression]
+        );
+        let schema = schema(r#"[{"name": "a"}]"#, "[]");
+        assert_eq!(chunk.slots_of(&chunk.records[0])[0].row, row_of(b"5", seed_of("a")));
+        assert_eq!(chunk.slots_of(&chunk.records[2])[0].row, schema.missing_row(0));
+        assert_eq!(chunk.text_of(&chunk.records[2]), b"y");
+        assert_ne!(chunk.reason_of(1), "");
+    }
+
+    #[test]
+    fn times_are_read_in_all_documented_forms() {
+        let time = |format: &str, text: &str| {
+            let mut decoder = decoder(&format!("time_format = '{format}'"), r#"[{"name": "a"}]"#);
+            let chunk = decode(&mut decoder, &format!(r#"{{"id":1,"ts":{text}}}"#));
+            if chunk.rejects.is_empty() {
+                Ok(chunk.records[0].event_time.0)
+            } else {
+                Err(chunk.reason_of(0).to_owned())
+            }
+        };
+        for (format, text, ms) in [
+            ("auto", "1650812741436", 1_650_812_741_436),
+            ("auto", "1650812741", 1_650_812_741_000),
+            ("auto", "1650812741.436", 1_650_812_741_436),
+            ("auto", "1650812741436.6", 1_650_812_741_437),
+            ("auto", "0", 0),
+            ("auto", r#""2022-04-24T15:05:41.436Z""#, 1_650_812_741_436),
+            ("auto", r#""2022-04-24T17:05:41.4369+02:00""#, 1_650_812_741_436),
+            ("rfc3339", r#""1970-01-01T00:00:00Z""#, 0),
+            ("ms", "1650812741", 1_650_812_741),
+            ("s", "1650812741", 1_650_812_741_000),
+            ("s", "0.0005", 1),
+        ] {
+            assert_eq!(time(format, text), Ok(ms), "{format} {text}");
+        }
+        for (format, text, expected) in [
+            ("auto", "-1", "`ts` is -1000 ms since the epoch, outside of 1970 to 2200; check `time_format`"),
+            ("auto", "1574553663979311", "`ts` is 1574553663979311 ms since the epoch, outside"),
+            ("s", "1650812741436", "`ts` is 1650812741436000 ms since the epoch, outside"),
+            ("auto", "18446744073709551615", "`ts` is 9223372036854775807 ms"),
+            ("auto", "1e300", "`ts` is 9223372036854775807 ms"),
+            ("auto", r#""yesterday""#, "`ts` is \"yesterday\", not an RFC 3339 time"),
+            ("ms", r#""1970-01-01T00:00:00Z""#, "`ts` is a string; a time is a number or"),
+            ("rfc3339", "5", "`ts` is a number; time_format = \"rfc3339\" needs a string"),
+            ("auto", "true", "`ts` is a boolean; a time is"),
+            ("auto", r#""2200-01-01T00:00:00Z""#, "`ts` is 7258118400000 ms"),
+        ] {
+            let message = time(format, text).unwrap_err();
+            assert!(message.starts_with(expected), "{format} {text}: {message}");
+        }
+    }
+
+    #[test]
+    fn log_time_label_and_weight_come_along() {
+        let mut decoder = decoder("log_time = 'kafka.ts'\nlabel = 'clicked'\nweight = 'w'", r#"[{"name": "a"}]"#);
+        let record = event(&mut decoder, r#"{"id":1,"ts":1,"kafka":{"ts":200000000000},"clicked":1,"w":0.5}"#);
+        assert_eq!(record.kind, Kind::Labelled { positive: true });
+        assert_eq!((record.log_time, record.weight), (Time(200_000_000_000), 0.5));
+        let record = event(&mut decoder, r#"{"id":1,"ts":1,"clicked":false}"#);
+        assert_eq!((record.kind, record.log_time, record.weight), (Kind::Labelled { positive: false }, Time::MIN, 1.0));
+        assert_eq!(reason(&mut decoder, r#"{"id":1,"ts":1}"#), "`clicked` is missing: no label");
+        assert_eq!(
+            reason(&mut decoder, r#"{"id":1,"ts":1,"clicked":2}"#),
+            "`clicked` is a number; a label is true, false, 1 or 0"
+        );
+        assert_eq!(
+            reason(&mut decoder, r#"{"id":1,"ts":1,"clicked":1,"w":0}"#),
+            "`w` is 0; a weight is above 0 and at most 1e6"
+        );
+        assert_eq!(
+            reason(&mut decoder, r#"{"id":1,"ts":1,"clicked":1,"w":"1"}"#),
+            "`w` is a string; a weight is a number"
+        );
+    }
+
+    #[test]
+    fn a_labelled_record_without_an_id_gets_one_from_its_bytes() {
+        let mut decoder = decoder("label = 'y'", r#"[{"name": "a"}]"#);
+        let one = event(&mut decoder, r#"{"ts":1,"y":1,"a":1}"#);
+        assert_eq!(one.id, event(&mut decoder, r#"{"ts":1,"y":1,"a":1}"#).id);
+        assert_ne!(one.id, event(&mut decoder, r#"{"ts":1,"y":1,"a":2}"#).id);
+        assert_eq!(event(&mut decoder, r#"{"ts":1,"y":1,"id":10}"#).id, id_of(b"10"));
+    }
+
+    #[test]
+    fn a_slate_is_one_event_an_element() {
+        let mut decoder = decoder(
+            "id = ['request', '.item_id']\nexplode = 'shown.items'",
+            r#"[{"name": "user"}, {"name": "item", "from": ".item_id"}, {"name": "tags", "from": ".tags", "kind": "multi"}]"#,
+        );
+        // What the record says after its array counts as well.
+        let chunk = decode(
+            &mut decoder,
+            r#"{"request":"r","shown":{"items":[{"item_id":1,"tags":["x"]},{"item_id":2}, {"item_id":"3"}]},"ts":5,"user":9}"#,
+        );
+        assert!(chunk.rejects.is_empty(), "{:?}", chunk.rejects);
+        let rows: Vec<_> = chunk.records.iter().map(|record| (record.row, chunk.text_of(record))).collect();
+        assert_eq!(rows, [(0, &b"r\x1f1"[..]), (1, b"r\x1f2"), (2, b"r\x1f3")]);
+        for (record, item) in chunk.records.iter().zip(["1", "2", "3"]) {
+            let slots = chunk.slots_of(record);
+            assert_eq!(slots[0].row, row_of(b"9", seed_of("user")));
+            assert_eq!(slots[1].row, row_of(item.as_bytes(), seed_of("item")));
+            assert_eq!(slots[2].flags, if item == "1" { 0 } else { crate::event::Slot::MISSING });
+            assert_eq!((record.offset, record.before), (7, 9));
+        }
+        for (raw, expected) in [
+            (r#"{"request":"r","ts":5}"#, "`shown.items` is missing"),
+            (r#"{"request":"r","ts":5,"shown":{"items":null}}"#, "`shown.items` is missing"),
+            (r#"{"request":"r","ts":5,"shown":{"items":[]}}"#, "`shown.items` is empty, so the record holds no event"),
+            (r#"{"request":"r","ts":5,"shown":{"items":{}}}"#, "`shown.items` is an object; `explode` needs an array"),
+            (r#"{"request":"r","ts":5,"shown":{"items":3}}"#, "`shown.items` is a scalar; `explode` needs an array"),
+            (r#"{"request":"r","ts":5,"shown":{"items":[{"item_id":1},{}]}}"#, "`.item_id` is missing: no id"),
+            (r#"{"request":"r","ts":5,"shown":{"items":[{"item_id":1},null]}}"#, "`.` is null; it must be an object"),
+            (r#"{"request":"r","ts":5,"shown":{"items":[{"item_id":1},{"item_id":2]}}"#, "invalid JSON: "),
+        ] {
+            let reason = reason(&mut decoder, raw);
+            assert!(reason.starts_with(expected), "{raw}: {reason}");
+        }
+    }
+
+    #[test]
+    fn the_elements_of_a_slate_may_be_scalars() {
+        let mut decoder = decoder("id = ['id', '.']\nexplode = 'items'", r#"[{"name": "item", "from": "."}]"#);
+        let chunk = decode(&mut decoder, r#"{"id":"r","items":["a",2],"ts":5}"#);
+        let rows: Vec<_> = chunk.slots.iter().map(|slot| slot.row).collect();
+        assert_eq!(rows, [row_of(b"a", seed_of("item")), row_of(b"2", seed_of("item"))]);
+    }
+
+    #[test]
+    fn a_heartbeat_needs_a_time_and_nothing_else() {
+        let mut decoder = Decoder::new(Stream::Clicks, &settings("heartbeat = 'alive'"), None, true).unwrap();
+        for mark in ["true", "1", "\"yes\""] {
+            let record = event(&mut decoder, &format!(r#"{{"alive":{mark},"ts":5}}"#));
+            assert_eq!((record.kind, record.id, record.event_time), (Kind::Heartbeat, 0, Time(5000)));
+        }
+        for mark in ["false", "0", "\"\"", "null"] {
+            let record = event(&mut decoder, &format!(r#"{{"alive":{mark},"ts":5,"id":"x"}}"#));
+            assert_eq!((record.kind, record.id, record.slots_len), (Kind::Click, id_of(b"x"), 0));
+        }
+        assert_eq!(reason(&mut decoder, r#"{"alive":true}"#), "`ts` is missing: no event time");
+    }
+
+    #[test]
+    fn an_id_is_at_most_a_kibibyte() {
+        let mut decoder = decoder("id = ['a', 'b']", r#"[{"name": "f"}]"#);
+        let half = "x".repeat(512);
+        assert_eq!(
+            reason(&mut decoder, &format!(r#"{{"a":"{half}","b":"{half}","ts":1}}"#)),
+            "the id is 1025 bytes long, the limit is 1024"
+        );
+        event(&mut decoder, &format!(r#"{{"a":"{half}","b":"{}","ts":1}}"#, &half[1..]));
+        let long = format!(r#"{{"a":"{half}{half}x","b":"1","ts":1}}"#);
+        assert_eq!(reason(&mut decoder, &long), "`a` is an id of 1025 bytes, the limit is 1024");
+    }
+
+    #[test]
+    fn mappings_that_cannot_work_are_refused_with_their_key() {
+        let features = schema(r#"[{"name": "a"}]"#, "[]");
+        let element = schema(r#"[{"name": "a", "from": ".a"}]"#, "[]");
+        for (stream, mapping, schema, expected) in [
+            (Stream::Clicks, "label = 'y'", None, "`label` of the clicks mapping belongs to the impressions mapping"),
+            (Stream::Clicks, "weight = 'y'", None, "`weight` of the clicks mapping belongs to the impressions mapping"),
+            (Stream::Impressions, "heartbeat = 'y'", Some(&features), "`heartbeat` of the impressions mapping belongs"),
+            (Stream::Clicks, "id = []", None, "`id` of the clicks mapping is an empty list"),
+            (Stream::Clicks, "id = 'a..b'", None, "`id` of the clicks mapping is the path `a..b`"),
+            (Stream::Clicks, "id = '.a'", None, "`id` of the clicks mapping is `.a`, a path of an element, but"),
+            (Stream::Impressions, "explode = 'items'", Some(&features), "`id` of the impressions mapping must tell"),
+            (
+                Stream::Impressions,
+                "explode = '.x'\nid = '.a'",
+                Some(&features),
+                "`explode` of the impressions mapping is `.x`",
+            ),
+            (
+                Stream::Impressions,
+                "explode = 'a'\nid = '.x'",
+                Some(&features),
+                "`explode` of the impressions mapping names `a`",
+            ),
+            (Stream::Impressions, "", Some(&element), "feature `a` is `.a`, a path of an element, but"),
+        ] {
+            let message = Decoder::new(stream, &settings(mapping), schema, false).unwrap_err().to_string();
+            assert!(message.starts_with(expected), "{message}");
+        }
+        assert!(toml::from_str::<RecordSettings>("tiem = 'ts'").is_err());
+    }
+
+    #[test]
+    fn a_record_can_be_described() {
+        let schema = schema(
+            r#"[{"name": "a"}, {"name": "n", "kind": "numeric"}, {"name": "tags", "kind": "multi"}, {"name": "gone"}]"#,
+            r#"[{"of": ["a", "tags"]}]"#,
+        );
+        let mut decoder = Decoder::new(Stream::Impressions, &RecordSettings::default(), Some(&schema), false).unwrap();
+        let raw = br#"{"id":"x","ts":0,"a":1.0,"n":5,"tags":["p","q"]}"#;
+        let views = decoder.describe(raw).unwrap();
+        assert_eq!((views.len(), views[0].id.as_str(), views[0].event_time), (1, "x", Time(0)));
+        let values: Vec<_> =
+            views[0].fields.iter().map(|f| (f.feature.as_str(), f.value.as_str(), f.missing, f.rows.len())).collect();
+        assert_eq!(
+            values,
+            [
+                ("a", "1", false, 1),
+                ("n", "5 -> b13", false, 1),
+                ("tags", "p, q", false, 2),
+                ("gone", "", true, 1),
+                ("a*tags", "", false, 2)
+            ]
+        );
+        assert_eq!(decoder.describe(b"{}").unwrap_err(), "`ts` is missing: no event time");
+        // Looking changes nothing.
+        let mut chunk = Chunk::default();
+        decoder.decode(raw, 0, Fingerprint::NONE, &mut chunk);
+        assert!(chunk.text.is_empty() && chunk.slots.len() == 7);
+    }
+
+    // --- against an oracle over `serde_json::Value` ----------------------------------------------------------------
+
+    const FEATURES: &str = r#"[
+        {"name": "a"}, {"name": "b", "from": "u.b"}, {"name": "third", "from": "u.list.2"},
+        {"name": "n", "from": "u.n", "kind": "numeric", "per_octave": 4}, {"name": "again", "from": "a"},
+        {"name": "bag", "from": "bag", "kind": "multi", "max_len": 3}, {"name": "first", "from": "bag.0"},
+        {"name": "seq", "from": "u.seq", "kind": "sequence", "max_len": 2}, {"name": "dotted", "from": "d\\.e"},
+        {"name": "deep", "from": "u.v.w.x"}]"#;
+    const CROSSES: &str = r#"[{"of": ["a", "b"]}, {"of": ["bag", "seq", "n"], "max": 4}]"#;
+
+    /// `None` if the record is to be rejected.
+    fn oracle(schema: &Schema, record: &Json) -> Option<(u64, i64, Vec<crate::event::Slot>)> {
+        fn lookup<'j>(mut value: &'j Json, parts: &[String]) -> Option<&'j Json> {
+            for part in parts {
+                value = match value {
+                    Json::Null => return Some(&Json::Null),
+                    Json::Object(members) => members.get(part).unwrap_or(&Json::Null),
+                    Json::Array(elements) => elements.get(part.parse::<usize>().ok()?).unwrap_or(&Json::Null),
+                    _ => return None,
+                };
+            }
+            Some(value)
+        }
+        fn push(encoder: &mut Encoder, i: usize, value: &Json) -> Option<()> {
+            match value {
+                Json::Null => encoder.push_null(i),
+                Json::Bool(v) => encoder.push_bool(i, *v).ok()?,
+                Json::String(v) => encoder.push_str(i, v).ok()?,
+                Json::Number(v) if v.is_u64() => encoder.push_u64(i, v.as_u64()?).ok()?,
+                Json::Number(v) if v.is_i64() => encoder.push_i64(i, v.as_i64()?).ok()?,
+                Json::Number(v) => encoder.push_f64(i, v.as_f64()?).ok()?,
+                Json::Array(_) | Json::Object(_) => return None,
+            }
+            Some(())
+        }
+        let mut encoder = Encoder::new(schema);
+        for i in 0..schema.features() {
+            let value = lookup(record, &schema.path(i)?.parts)?;
+            match (schema.kind(i)?, value) {
+                (FeatureKind::Multi | FeatureKind::Sequence, Json::Array(elements)) => {
+                    elements.iter().try_for_each(|element| push(&mut encoder, i, element))?;
+                }
+                (FeatureKind::Multi, Json::Object(members)) => {
+                    for (key, weight) in members {
+                        let weight = match weight {
+                            Json::Null => continue,
+                            Json::Bool(v) => f64::from(u8::from(*v)),
+                            other => other.as_f64()?,
+                        };
+                        encoder.push_weighted(i, key, weight).ok()?;
+                    }
+                }
+                (_, value) => push(&mut encoder, i, value)?,
+            }
+        }
+        let id = match record.get("id")? {
+            Json::String(text) if !text.is_empty() => text.clone(),
+            Json::Bool(v) => v.to_string(),
+            Json::Number(v) if v.is_f64() => Digits::default().f64(v.as_f64()?).to_owned(),
+            Json::Number(v) => v.to_string(),
+            _ => return None,
+        };
+        let time = time_of(Value::I64(record.get("ts")?.as_i64()?), TimeFormat::Auto).ok()?;
+        let mut slots = Vec::new();
+        encoder.finish(&mut slots);
+        Some((id_of(id.as_bytes()), time, slots))
+    }
+
+    fn scalar() -> impl Strategy<Value = Json> {
+        prop_oneof![
+            Just(Json::Null),
+            any::<bool>().prop_map(Json::from),
+            any::<i64>().prop_map(Json::from),
+            any::<u64>().prop_map(Json::from),
+            (-20i64..20).prop_map(Json::from),
+            // Floats that serde_json reads exactly.
+            (-1_000_000i32..1_000_000).prop_map(|v| Json::from(f64::from(v) / 64.0)),
+            "[a-c]{0,2}".prop_map(Json::from),
+            any::<String>().prop_map(Json::from),
+        ]
+    }
+
+    fn anything() -> impl Strategy<Value = Json> {
+        scalar().prop_recursive(3, 12, 4, |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..4).prop_map(Json::from),
+                prop::collection::btree_map("[a-c0-2]{1,2}", inner, 0..4)
+                    .prop_map(|members| Json::Object(members.into_iter().collect())),
+            ]
+        })
+    }
+
+    /// Mostly what the schema expects, with something else in between.
+    fn record() -> impl Strategy<Value = Json> {
+        fn or<T: Strategy<Value = Json> + 'static>(usual: T) -> BoxedStrategy<Option<Json>> {
+            prop_oneof![12 => usual.prop_map(Some), 2 => Just(None), 1 => anything().prop_map(Some)].boxed()
+        }
+        let number = || {
+            prop_oneof![
+                (-20i64..20).prop_map(Json::from),
+                (-9999i32..9999).prop_map(|v| Json::from(f64::from(v) / 8.0))
+            ]
+        };
+        let array = || prop::collection::vec(scalar(), 0..5).prop_map(Json::from);
+        let weights = prop::collection::btree_map("[a-c0-2]{1,2}", number(), 0..4)
+            .prop_map(|members| Json::Object(members.into_iter().collect()));
+        let object = |members: Vec<(&'static str, Option<Json>)>| {
+            Json::Object(members.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).collect())
+        };
+        let user = (or(scalar()), or(array()), or(number()), or(array()), or(anything()), or(anything())).prop_map(
+            move |(b, list, n, seq, v, skipped)| {
+                let v = v.map(|x| serde_json::json!({"w": {"x": x}}));
+                object(vec![("b", b), ("list", list), ("n", n), ("seq", seq), ("v", v), ("zz", skipped)])
+            },
+        );
+        let id = prop_oneof![9 => scalar(), 1 => anything()];
+        (
+            id,
+            0i64..4_000_000_000_000,
+            or(scalar()),
+            or(user),
+            or(prop_oneof![array().boxed(), weights.boxed()]),
+            or(scalar()),
+            or(anything()),
+        )
+            .prop_map(move |(id, ts, a, u, bag, dotted, skipped)| {
+                let members = vec![("id", Some(id)), ("ts", Some(ts.into())), ("a", a), ("u", u)];
+                object([members, vec![("bag", bag), ("d.e", dotted), ("other", skipped)]].concat())
+            })
+    }
+
+    /// Writes a value with its members in an order, with spaces and with escapes drawn from `chance`.
+    fn render(value: &Json, chance: &mut impl FnMut(usize) -> usize, out: &mut String) {
+        let text = |text: &str, chance: &mut dyn FnMut(usize) -> usize, out: &mut String| {
+            if chance(4) == 0 {
+                let escaped = text.encode_utf16().map(|unit| format!("\\u{unit:04x}"));
+                out.push_str(&format!("\"{}\"", escaped.collect::<String>()));
+            } else {
+                out.push_str(&serde_json::to_string(text).unwrap());
+            }
+        };
+        let space = |chance: &mut dyn FnMut(usize) -> usize, out: &mut String| {
+            out.push_str(["", "", "", " ", "\t ", "\r\n"][chance(6)]);
+        };
+        space(chance, out);
+        match value {
+            Json::String(string) => text(string, chance, out),
+            Json::Array(elements) => {
+                out.push('[');
+                for (i, element) in elements.iter().enumerate() {
+                    out.push_str(if i > 0 { "," } else { "" });
+                    render(element, chance, out);
+                }
+                space(chance, out);
+                out.push(']');
+            }
+            Json::Object(members) => {
+                let mut members: Vec<_> = members.iter().collect();
+                // The members of a weighted bag keep their order, for it says which values are kept.
+                if members.iter().any(|(key, _)| ["id", "list", "seq", "w"].contains(&key.as_str())) {
+                    for i in (1..members.len()).rev() {
+                        members.swap(i, chance(i + 1));
+                    }
+                }
+                out.push('{');
+                for (i, (key, value)) in members.into_iter().enumerate() {
+                    out.push_str(if i > 0 { "," } else { "" });
+                    space(chance, out);
+                    text(key, chance, out);
+                    space(chance, out);
+                    out.push(':');
+                    render(value, chance, out);
+                }
+                space(chance, out);
+                out.push('}');
+            }
+            other => out.push_str(&other.to_string()),
+        }
+        space(chance, out);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(1500))]
+
+        /// One decoder for all records of a case, so that what it learned from one is put to the test by the next.
+        #[test]
+        fn decoding_equals_looking_up_every_path(records in prop::collection::vec(record(), 1..6), seed in any::<u64>()) {
+            let schema = schema(FEATURES, CROSSES);
+            let mut decoder = Decoder::new(Stream::Impressions, &RecordSettings::default(), Some(&schema), false).unwrap();
+            let mut state = seed;
+            let mut chance = |below: usize| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                (state >> 33) as usize % below
+            };
+            for record in &records {
+                let mut raw = String::new();
+                render(record, &mut chance, &mut raw);
+                prop_assert_eq!(&serde_json::from_str::<Json>(&raw).unwrap(), record);
+                let mut chunk = Chunk::default();
+                decoder.decode(raw.as_bytes(), 0, Fingerprint::NONE, &mut chunk);
+                prop_assert_eq!(chunk.records.len(), 1);
+                let got = chunk.rejects.is_empty().then(|| (chunk.records[0].id, chunk.records[0].event_time.0, chunk.slots.clone()));
+                prop_assert_eq!(got, oracle(&schema, record), "{} {}", raw, chunk.reason_of(0));
+            }
+        }
+
+        #[test]
+        fn no_bytes_make_the_decoder_panic(raw in prop::collection::vec(any::<u8>(), 0..64), cut in 0usize..80) {
+            let schema = schema(FEATURES, CROSSES);
+            let mut decoder = Decoder::new(Stream::Impressions, &RecordSettings::default(), Some(&schema), true).unwrap();
+            let mut line = br#"{"id":"a\u00e9","ts":1,"u":{"b":[1,{"c":null}]},"bag":{"x":1e3,"y":-0.5}}"#.to_vec();
+            line.truncate(cut);
+            line.extend_from_slice(&raw);
+            let mut chunk = Chunk::default();
+            decoder.decode(&line, 0, Fingerprint::NONE, &mut chunk);
+            prop_assert_eq!(chunk.records.len(), 1);
         }
     }
 }

@@ -1,0 +1,153 @@
+//! A small job in a temporary directory, run through the real command.
+#![allow(dead_code, reason = "each test file uses its own part of it")]
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+pub const TIDEMILL: &str = env!("CARGO_BIN_EXE_tidemill");
+
+/// The job's configuration, with every path inside its directory.
+const CONFIG: &str = r#"
+[job]
+name = "test"
+seed = 7
+decode_threads = 2
+
+[impressions]
+max_out_of_order = "2s"
+max_ahead = "2s"
+source = { paths = ["IN/impressions-*"], poll = "10ms" }
+
+[clicks]
+max_out_of_order = "2s"
+max_ahead = "2s"
+source = { paths = ["IN/clicks-*"], poll = "10ms" }
+
+[join]
+window = "40s"
+click_skew = "1s"
+max_lateness = "10s"
+
+[batch]
+examples = 64
+period = "5s"
+
+[checkpoint]
+dir = "DIR/checkpoints"
+every = "1h"
+every_batches = 3
+
+[publish]
+every = "30s"
+min_interval = "0s"
+
+[snapshots]
+store = "DIR/snapshots"
+
+[dead_letters]
+path = "DIR/dead-letters.jsonl"
+
+[model.logistic]
+prior_ctr = 0.1
+"#;
+
+const FEATURES: &str = r#"
+[[features]]
+name = "user_id"
+from = "user.id"
+[[features]]
+name = "item_id"
+from = "item.id"
+[[features]]
+name = "age"
+from = "user.age"
+kind = "numeric"
+[[features]]
+name = "position"
+role = "presentation"
+at_serving = "1"
+[[features]]
+name = "tags"
+kind = "multi"
+[[crosses]]
+of = ["user_id", "tags"]
+"#;
+
+pub struct Job {
+    pub dir: TempDir,
+    pub input: PathBuf,
+}
+
+impl Job {
+    /// A job over the files in `input`.
+    pub fn over(input: &Path) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let config = CONFIG
+            .replace("IN/", &format!("{}/", input.display()))
+            .replace("DIR/", &format!("{}/", dir.path().display()));
+        std::fs::write(dir.path().join("job.toml"), format!("{config}{FEATURES}")).unwrap();
+        Self { dir, input: input.to_owned() }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn edit(&self, from: &str, to: &str) {
+        let path = self.path("job.toml");
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.contains(from), "the config has no `{from}`");
+        std::fs::write(path, text.replace(from, to)).unwrap();
+    }
+
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(TIDEMILL);
+        command.arg("train").arg("-c").arg(self.path("job.toml")).args(args);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    /// Runs to the end and gives the summary.
+    pub fn train(&self, args: &[&str]) -> Value {
+        let output = self.command(&[&["--json"], args].concat()).output().unwrap();
+        summary(&output)
+    }
+
+    /// Runs and gives what it says on stderr, which must be a failure.
+    pub fn fails(&self, args: &[&str]) -> String {
+        let output = self.command(args).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success(), "the job should have failed; it said: {text}");
+        text
+    }
+}
+
+pub fn summary(output: &Output) -> Value {
+    assert!(output.status.success(), "the job failed: {}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// Writes a generated stream; options as `tidemill generate` takes them.
+pub fn generate(options: &[&str]) -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("in");
+    let output = Command::new(TIDEMILL)
+        .args(["generate", "--users", "500", "--items", "100", "--rate", "30", "--ctr", "0.1"])
+        .args(["--delay-median", "5s", "--window", "40s"])
+        .args(options)
+        .arg("--out")
+        .arg(&out)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    dir
+}
+
+/// The digests and counts that equal runs must share.
+pub fn outcome(summary: &Value) -> Value {
+    let keys = ["model_digest", "order_digest", "counts", "examples", "batches", "frontier", "clicks_waiting"];
+    keys.iter().map(|key| ((*key).to_owned(), summary[*key].clone())).collect::<serde_json::Map<_, _>>().into()
+}

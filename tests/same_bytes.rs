@@ -1,0 +1,226 @@
+//! Same log, same config, same bytes: however many threads, whatever is published, however often it was killed.
+
+mod common;
+
+use std::collections::{BTreeMap, HashSet};
+use std::io::Write as _;
+use std::path::Path;
+use std::time::Duration;
+
+use common::{Job, generate, outcome, summary};
+use rand_pcg::Pcg64Mcg;
+use rand_pcg::rand_core::{Rng as _, SeedableRng as _};
+use tidemill::feature::schema::{row_of, seed_of};
+
+const DISTURBED: &[&str] = &[
+    "-n", "12000", "--partitions", "2", "--disorder", "2s", "--late", "0.003", "--duplicates", "0.02", "--orphans",
+    "0.03", "--garbage", "0.003",
+];
+
+#[test]
+fn the_number_of_decoding_threads_does_not_show() {
+    let input = generate(DISTURBED);
+    let runs = ["1", "2", "4"].map(|threads| {
+        let job = Job::over(&input.path().join("in"));
+        outcome(&job.train(&["--until-end", "--set", &format!("job.decode_threads={threads}")]))
+    });
+    assert_eq!(runs[0], runs[1]);
+    assert_eq!(runs[0], runs[2]);
+}
+
+#[test]
+fn checkpoints_and_snapshots_do_not_change_what_is_learned() {
+    let input = generate(DISTURBED);
+    let job = Job::over(&input.path().join("in"));
+    let with = job.train(&["--until-end"]);
+    assert!(with["snapshot_version"].as_u64().unwrap() > 1);
+    let bare = Job::over(&input.path().join("in"));
+    for section in ["[checkpoint]", "[snapshots]"] {
+        let text = std::fs::read_to_string(bare.path("job.toml")).unwrap();
+        let start = text.find(section).unwrap();
+        let end = start + 1 + text[start + 1..].find("\n[").unwrap();
+        std::fs::write(bare.path("job.toml"), format!("{}{}", &text[..start], &text[end..])).unwrap();
+    }
+    let without = bare.train(&["--until-end"]);
+    assert!(without["snapshot_version"].is_null());
+    assert_eq!(outcome(&with), outcome(&without));
+}
+
+#[test]
+fn every_record_is_accounted_for() {
+    let input = generate(DISTURBED);
+    let job = Job::over(&input.path().join("in"));
+    let s = job.train(&["--until-end"]);
+    let stats: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(input.path().join("in/stats.json")).unwrap()).unwrap();
+    let counts = &s["counts"];
+    let n = |v: &serde_json::Value| v.as_u64().unwrap();
+    assert_eq!((s["impression_gap"].as_i64(), s["click_gap"].as_i64()), (Some(0), Some(0)));
+    assert_eq!(n(&counts["duplicates"]), n(&stats["duplicate_impressions"]));
+    assert_eq!(n(&counts["rejected"]), n(&stats["garbage_impressions"]));
+    assert_eq!(n(&counts["impressions"]), n(&s["read"]["impressions_read"]) - n(&s["read"]["impressions_skipped"]));
+    assert!(n(&counts["late"]) > 0 && n(&counts["clicks_orphan"]) > 0);
+    // Dead letters say where each came from, and hold the record.
+    let letters = std::fs::read_to_string(job.path("dead-letters.jsonl")).unwrap();
+    assert_eq!(letters.lines().count() as u64, n(&stats["garbage_impressions"]) + n(&stats["garbage_clicks"]));
+    for letter in letters.lines() {
+        let letter: serde_json::Value = serde_json::from_str(letter).unwrap();
+        let file = std::fs::read(letter["partition"].as_str().unwrap()).unwrap();
+        let rest = &file[n(&letter["offset"]) as usize..];
+        let line = &rest[..rest.iter().position(|b| *b == b'\n').unwrap()];
+        assert_eq!(String::from_utf8_lossy(line), letter["record"].as_str().unwrap());
+    }
+}
+
+/// Deals the lines of a stream out to `n` files, keeping their order within each.
+fn deal(from: &Path, to: &Path, stream: &str, n: usize) {
+    std::fs::create_dir_all(to).unwrap();
+    let text = std::fs::read_to_string(from.join(format!("{stream}-000.jsonl"))).unwrap();
+    let mut files: Vec<_> =
+        (0..n).map(|i| std::fs::File::create(to.join(format!("{stream}-{i:03}.jsonl"))).unwrap()).collect();
+    for (i, line) in text.lines().enumerate() {
+        writeln!(files[(i * 7 + i / 13) % n], "{line}").unwrap();
+    }
+}
+
+#[test]
+fn another_layout_of_the_same_events_gives_the_same_model() {
+    // Nothing is late: disorder stays inside the bound, and there is no garbage, whose place is its partition's watermark.
+    let input = generate(&["-n", "8000", "--disorder", "2s", "--duplicates", "0.02", "--orphans", "0.03"]);
+    let one = input.path().join("in");
+    let here = Job::over(&one).train(&["--until-end"]);
+    assert_eq!(here["counts"]["late"], 0);
+    for (impressions, clicks) in [(3, 1), (2, 4)] {
+        let other = tempfile::tempdir().unwrap();
+        deal(&one, other.path(), "impressions", impressions);
+        deal(&one, other.path(), "clicks", clicks);
+        let there = Job::over(other.path()).train(&["--until-end"]);
+        assert_eq!(here["model_digest"], there["model_digest"]);
+        assert_eq!(here["counts"], there["counts"]);
+    }
+}
+
+#[test]
+fn following_growing_files_gives_the_bytes_of_reading_them_at_once() {
+    let input = generate(&["-n", "6000", "--disorder", "2s", "--late", "0.003", "--partitions", "2"]);
+    let whole = input.path().join("in");
+    // Far enough from the end that every window closes while the log still moves.
+    let until = "2026-01-01T00:01:40Z";
+    let bounded = Job::over(&whole).train(&["--until", until]);
+    let growing = tempfile::tempdir().unwrap();
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(&whole).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|e| e == "jsonl") {
+            let file = std::fs::File::create(growing.path().join(path.file_name().unwrap())).unwrap();
+            files.push((file, std::fs::read(&path).unwrap(), 0));
+        }
+    }
+    let job = Job::over(growing.path());
+    job.edit("[join]", "idle_after = \"never\"\n[join]");
+    let child = job.command(&["--json", "--until", until, "--follow"]).spawn().unwrap();
+    let seed = 11;
+    println!("seed {seed}");
+    let mut chance = Pcg64Mcg::seed_from_u64(seed);
+    while files.iter().any(|(_, content, at)| *at < content.len()) {
+        for (file, content, at) in &mut files {
+            // Pieces end anywhere, also inside a record.
+            let piece = (chance.next_u64() as usize % 60_000).min(content.len() - *at);
+            file.write_all(&content[*at..*at + piece]).unwrap();
+            *at += piece;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let followed = summary(&child.wait_with_output().unwrap());
+    assert_eq!(outcome(&bounded), outcome(&followed));
+}
+
+/// Kills jobs with SIGKILL at random moments, `kills` times in all, and lets them go on. A job that comes to its end all
+/// the same gives its summary and is followed by a fresh one; the last one is let finish.
+fn train_through_kills(kills: usize, seed: u64, new: impl Fn() -> Job) -> (Vec<serde_json::Value>, Job) {
+    println!("seed {seed}");
+    let mut chance = Pcg64Mcg::seed_from_u64(seed);
+    let (mut ends, mut job, mut killed) = (Vec::new(), new(), 0);
+    while killed < kills {
+        let mut child = job.command(&["--json", "--until-end"]).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(20 + chance.next_u64() % 300));
+        if child.try_wait().unwrap().is_some() {
+            ends.push(summary(&child.wait_with_output().unwrap()));
+            job = new();
+            continue;
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        killed += 1;
+    }
+    ends.push(job.train(&["--until-end"]));
+    (ends, job)
+}
+
+#[test]
+fn a_job_killed_at_20_random_moments_ends_in_the_bytes_of_one_that_never_was() {
+    let input = generate(DISTURBED);
+    let new = || Job::over(&input.path().join("in"));
+    let undisturbed = new().train(&["--until-end"]);
+    let (ends, _) = train_through_kills(20, 2026, new);
+    println!("{} jobs", ends.len());
+    for killed in &ends {
+        assert_eq!(outcome(&undisturbed), outcome(killed));
+    }
+    assert!(ends.iter().any(|end| end["resumed"] == true), "no job was killed after its first checkpoint");
+}
+
+#[test]
+fn predictions_are_written_once_each_however_often_the_job_was_killed() {
+    let input = generate(DISTURBED);
+    let run = |job: &Job, kills: u64| {
+        let file = job.path("predictions.csv");
+        let args = ["--json", "--until-end", "--predictions", file.to_str().unwrap()];
+        let mut chance = Pcg64Mcg::seed_from_u64(kills);
+        for _ in 0..kills {
+            let mut child = job.command(&args).spawn().unwrap();
+            std::thread::sleep(Duration::from_millis(chance.next_u64() % 400));
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+        summary(&job.command(&args).output().unwrap());
+        std::fs::read_to_string(file).unwrap()
+    };
+    let once = run(&Job::over(&input.path().join("in")), 0);
+    let killed = run(&Job::over(&input.path().join("in")), 6);
+    assert_eq!(once.lines().next(), Some("id,prediction,label"));
+    assert!(once == killed, "the file of the killed job differs");
+    assert_eq!(once.lines().skip(1).map(|line| line.split(',').next().unwrap()).collect::<HashSet<_>>().len() + 1, once.lines().count());
+}
+
+#[test]
+fn a_counting_model_shows_that_every_example_was_learned_exactly_once() {
+    let input = generate(DISTURBED);
+    let (_, job) = train_through_kills(8, 5, || {
+        let job = Job::over(&input.path().join("in"));
+        job.edit("prior_ctr = 0.1", "prior_ctr = 0.1\nrule = \"count\"");
+        job
+    });
+
+    // What a pair of nested loops over the files says.
+    let mut expected: BTreeMap<u64, f32> = BTreeMap::new();
+    let mut seen = HashSet::new();
+    for partition in 0..2 {
+        let text = std::fs::read(input.path().join(format!("in/impressions-{partition:03}.jsonl"))).unwrap();
+        for line in text.split(|b| *b == b'\n') {
+            let Ok(record) = serde_json::from_slice::<serde_json::Value>(line) else { continue };
+            let (Some(id), Some(user)) = (record["id"].as_str(), record["user"]["id"].as_str()) else { continue };
+            if seen.insert(id.to_owned()) {
+                *expected.entry(row_of(user.as_bytes(), seed_of("user_id"))).or_default() += 1.0;
+            }
+        }
+    }
+    let store = tidemill::snapshot::Store::open(job.path("snapshots").to_str().unwrap()).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let snapshot = runtime.block_on(store.load_latest("live")).unwrap().unwrap();
+    let too_late = snapshot.manifest.facts.counts["too_late"];
+    assert_eq!(too_late, 0, "choose a stream without records that are too late: this check cannot tell which they are");
+    for (row, count) in expected {
+        assert_eq!(snapshot.weights.weight(row, 0), count);
+    }
+}
