@@ -18,6 +18,7 @@ Run with .venv/bin/python (scripts/test.sh makes it).
 
 import argparse
 import csv
+import functools
 import gzip
 import io
 import json
@@ -150,6 +151,32 @@ def values_of(record, feature):
     return [("missing" if value is None else str(value), 1.0)]
 
 
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+
+
+@functools.lru_cache(maxsize=1 << 20)
+def vw_token(value):
+    # Vowpal Wabbit takes a token of digits as an index, not as a text: a letter goes before.
+    return "v" + "".join("_" if c in " :|\t\n\r" else c for c in value)
+
+
+def vw_line(parts, y):
+    """An example as Vowpal Wabbit's text: one namespace per feature, named by a letter."""
+    text = ["1" if y else "-1"]
+    for letter, part in zip(LETTERS, parts, strict=False):
+        text.append(f" |{letter}")
+        text += [f" {vw_token(v)}" if w == 1.0 else f" {vw_token(v)}:{w:.6g}" for v, w in part]
+    return "".join(text)
+
+
+def interactions(features, crosses):
+    """The crosses as Vowpal Wabbit's --interactions."""
+    if len(features) > len(LETTERS):
+        sys.exit(f"{len(features)} features: Vowpal Wabbit tells only {len(LETTERS)} namespaces apart")
+    letter = dict(zip((feature["name"] for feature in features), LETTERS))
+    return ["".join(letter[name] for name in cross["of"]) for cross in crosses]
+
+
 class Encoded:
     """Examples as rows of a table of 2^24: `rows[starts[i]:starts[i+1]]` and `values` alike; also as VW text."""
 
@@ -157,10 +184,8 @@ class Encoded:
         self.labels = np.array([y for _, y in examples], dtype=np.float64)
         place = {feature["name"]: k for k, feature in enumerate(features)}
         pairs = [[place[name] for name in cross["of"]] for cross in crosses]
-        letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
-        assert len(features) <= len(letters), "Vowpal Wabbit tells namespaces apart by one letter"
-        self.interactions = ["".join(letters[k] for k in pair) for pair in pairs]
-        row_cache, token_cache = {}, {}
+        self.interactions = interactions(features, crosses)
+        row_cache = {}
         mask = (1 << BITS) - 1
 
         def row(key):
@@ -172,17 +197,10 @@ class Encoded:
         rows, values, starts, cross_from, lines = [], [], [0], [], []
         for record, y in examples:
             parts = [values_of(record, feature) for feature in features]
-            text = ["1" if y else "-1"]
             for k, part in enumerate(parts):
-                text.append(f" |{letters[k]}")
                 for v, w in part:
                     rows.append(row((k, v)))
                     values.append(w)
-                    token = token_cache.get(v)
-                    if token is None:
-                        # VW takes a token of digits as an index, not as a text: a letter goes before.
-                        token = token_cache[v] = "v" + "".join(c if c not in " :|\t\n\r" else "_" for c in v)
-                    text.append(f" {token}" if w == 1.0 else f" {token}:{w:.6g}")
             cross_from.append(len(rows))
             for n, pair in enumerate(pairs):
                 combined = [((n, "x"), 1.0)]
@@ -192,7 +210,7 @@ class Encoded:
                     rows.append(row(key))
                     values.append(w)
             starts.append(len(rows))
-            lines.append("".join(text))
+            lines.append(vw_line(parts, y))
         self.rows, self.values = np.array(rows, dtype=np.int64), np.array(values)
         self.starts, self.cross_from, self.lines = starts, cross_from, lines
 

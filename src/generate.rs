@@ -464,7 +464,7 @@ impl World {
             category: (squared(hash(self.seed, 8, item)) * self.categories as f64) as u32,
             price_cents: (libm::exp(7.6 + 0.9 * near_normal(hash(self.seed, 9, item))) as u32).max(1),
             country: (squared(about_user) * COUNTRIES.len() as f64) as u8,
-            age: (about_user % 10 != 0).then_some((15 + (about_user >> 5) % 60) as u8),
+            age: (!about_user.is_multiple_of(10)).then_some((15 + (about_user >> 5) % 60) as u8),
             position: (1 + (word & 0xffff) * POSITIONS as u64 / 0x1_0000) as u8,
             // A user has a main device and uses another one now and then.
             device: if (word >> 16) & 7 == 0 { (word >> 20) & 3 } else { (about_user >> 12) & 3 } as u8,
