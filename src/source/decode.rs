@@ -16,7 +16,7 @@ use crate::feature::schema::{FeatureKind, Path, Schema, id_of};
 use crate::feature::{Encoder, Mismatch};
 use crate::position::Fingerprint;
 
-use json::{Scalar, Scanner, Stop};
+use json::{Expected, Scalar, Scanner, Stop};
 
 /// Times of records lie in `0..END_OF_TIME`: from 1970 to before 2200.
 pub const END_OF_TIME: i64 = 7_258_118_400_000;
@@ -135,7 +135,7 @@ pub struct FieldView {
 }
 
 /// Decodes the records of one partition or file after the other. Allocates nothing per record once warm, except for
-/// rejects and for records with escape sequences in their strings.
+/// rejects.
 #[derive(Clone, Debug)]
 pub struct Decoder {
     walker: Walker,
@@ -198,8 +198,7 @@ struct Node {
 #[derive(Clone, Debug)]
 struct Key {
     text: Box<str>,
-    /// Stands in JSON as it is, without escapes.
-    plain: bool,
+    written: Expected,
     node: Option<usize>,
     /// Key that came after this one in the last object.
     next: usize,
@@ -209,8 +208,7 @@ struct Key {
 
 impl Key {
     fn new(text: &str, node: Option<usize>) -> Self {
-        let plain = !text.bytes().any(|byte| byte < 0x20 || byte == b'"' || byte == b'\\');
-        Self { text: text.into(), plain, node, next: NO_KEY, object: 0 }
+        Self { text: text.into(), written: Expected::new(text), node, next: NO_KEY, object: 0 }
     }
 }
 
@@ -743,7 +741,7 @@ impl Walker {
             let here = &mut self.nodes[node];
             let guess = if before == NO_KEY { here.first } else { here.keys[before].next };
             let found = match here.keys.get(guess) {
-                Some(key) if key.plain && json.expect_key(&key.text) => guess,
+                Some(key) if json.expect_key(&key.written) => guess,
                 _ => here.find(before, json.key(scratch)?),
             };
             let mut child = None;
