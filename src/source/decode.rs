@@ -984,8 +984,9 @@ fn time_of(value: Scalar<'_>, format: TimeFormat) -> Result<i64, String> {
     Err(format!("is {ms} ms since the epoch, outside of 1970 to 2200; check `time_format`"))
 }
 
+/// The first 64 characters.
 fn shortened(text: &str) -> &str {
-    &text[..text.floor_char_boundary(64)]
+    text.char_indices().nth(64).map_or(text, |(end, _)| &text[..end])
 }
 
 impl Decoder {
