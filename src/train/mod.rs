@@ -1,3 +1,3 @@
 //! train
-pub mod checkpoint;
 pub mod progressive;
+pub mod checkpoint;
