@@ -65,7 +65,7 @@ fn a_warm_decoder_allocates_nothing() {
     let lines: Vec<String> = (0..100)
         .map(|i| {
             format!(
-                r#"{{"request":"r{i}","ts":"2026-11-23T20:09:{:02}Z","user":{i},"age":{i}.5,"price":{i}e-3,"tags":["a","b{i}"],
+                r#"{{"request":"r{i}","ts":"2026-11-23T20:09:{:02}Z","user":{i},"age":{i}.5,"price":{i}e-3,"tags":["a\u00e9\n","b{i}"],
                     "affinity":{{"{i}":2,"x":true}},"history":[1,2,{i}],"rate":0.{i}1,"unknown":{{"deep":[{i},null]}},"k{}":1}}"#,
                 i % 60,
                 i % 7,

@@ -31,14 +31,6 @@ pub struct Digits {
 }
 
 impl Digits {
-    pub fn i64(&mut self, v: i64) -> &str {
-        self.int.format(v)
-    }
-
-    pub fn u64(&mut self, v: u64) -> &str {
-        self.int.format(v)
-    }
-
     /// The canonical text of a finite float: as an integer where it is one below 2^53, else the shortest text that
     /// reads back as the same number, in the format of the `ryu` crate.
     pub fn f64(&mut self, v: f64) -> &str {
@@ -149,20 +141,22 @@ impl Encoder {
 
     #[inline]
     pub fn push_i64(&mut self, feature: usize, v: i64) -> Result<(), Mismatch> {
-        if self.is_number(feature) {
-            self.push_number(feature, v as f64);
-            return Ok(());
-        }
-        self.push_text(feature, Digits::default().i64(v).as_bytes())
+        self.push_integer(feature, v as f64, itoa::Buffer::new().format(v))
     }
 
     #[inline]
     pub fn push_u64(&mut self, feature: usize, v: u64) -> Result<(), Mismatch> {
+        self.push_integer(feature, v as f64, itoa::Buffer::new().format(v))
+    }
+
+    /// An integer whose decimal digits are there already.
+    #[inline]
+    pub fn push_integer(&mut self, feature: usize, v: f64, digits: &str) -> Result<(), Mismatch> {
         if self.is_number(feature) {
-            self.push_number(feature, v as f64);
+            self.push_number(feature, v);
             return Ok(());
         }
-        self.push_text(feature, Digits::default().u64(v).as_bytes())
+        self.push_text(feature, digits.as_bytes())
     }
 
     /// A float that is not finite counts as null.
