@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::Error;
-use super::table::{At, Rows, Table};
+use super::table::{At, Row, Rows, Table};
 use crate::event::{Example, Slot, Time};
 
 /// Largest |value| of a slot and largest weight of an example; what lies beyond is quarantined. With it no update
@@ -28,7 +28,7 @@ const LARGEST: f32 = 1e6;
 /// Largest offset of down-sampling: one negative kept in e^64.
 const LARGEST_OFFSET: f32 = 64.0;
 /// Examples looked up ahead of the arithmetic. Invisible in the result.
-const BLOCK: usize = 32;
+const BLOCK: usize = 8;
 
 /// How a row changes with an example.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -419,22 +419,22 @@ impl Logistic {
     fn walk<const KERNEL: u8>(&mut self, examples: &[Example<'_>], outcomes: &mut Vec<Outcome>, block: usize) {
         let mut found = std::mem::take(&mut self.found);
         let mut blocks = examples.chunks(block).peekable();
-        let mut first = true;
+        blocks.peek().into_iter().for_each(|block| self.prefetch(block));
         while let Some(block) = blocks.next() {
-            let ahead = blocks.peek().copied().unwrap_or_default();
-            let slots = |block: &[Example<'_>]| block.iter().map(|example| example.slots.len()).sum::<usize>();
+            let slots = block.iter().map(|example| example.slots.len()).sum::<usize>();
             // Each slot can bring its own row, each feature its default row.
-            if self.table.reserve(slots(block) + self.default_rows.len()) {
+            if self.table.reserve(slots + self.default_rows.len()) {
                 self.defaults_at.fill(At::NONE);
             }
-            let wanted = if first { [block, ahead] } else { [ahead, &[]] };
-            for slot in wanted.iter().copied().flatten().flat_map(|example| example.slots) {
-                self.table.prefetch(slot.row);
-            }
-            first = false;
+            blocks.peek().into_iter().for_each(|ahead| self.prefetch(ahead));
 
-            found.clear();
-            found.extend(block.iter().flat_map(|example| example.slots).map(|slot| self.table.find(slot.row)));
+            found.resize(slots, At::NONE);
+            let mut rest = found.as_mut_slice();
+            for example in block {
+                let (mine, others) = rest.split_at_mut(example.slots.len());
+                rest = others;
+                self.table.find_all(example.slots, mine);
+            }
 
             let mut rest = found.as_mut_slice();
             for example in block {
@@ -446,20 +446,36 @@ impl Logistic {
         self.found = found;
     }
 
+    #[inline(always)]
+    fn prefetch(&self, block: &[Example<'_>]) {
+        for example in block {
+            for slot in example.slots {
+                self.table.prefetch(slot.row);
+            }
+        }
+    }
+
     /// Scores one example, then learns from it.
     #[inline]
     fn one<const KERNEL: u8>(&mut self, example: &Example<'_>, found: &mut [At]) -> Outcome {
+        let slots = example.slots;
+        let unseen = found.contains(&At::NONE) && self.find_again(slots, found);
+        let mut seen = Seen { largest: 0, lowest: u64::MAX, flags: 0 };
         let mut sum = 0.0;
-        let mut bad = false;
-        for (slot, at) in example.slots.iter().zip(&mut *found) {
-            bad |= !(slot.value.abs() <= LARGEST) | (slot.row == 0);
-            let w = if *at == At::NONE { self.weight_of_new(slot, at) } else { self.table.w(*at) };
-            sum += w * slot.value;
+        if unseen {
+            slots.iter().for_each(|slot| seen.take(slot));
+            sum = self.sum_with_defaults(slots, found);
+        } else {
+            let open = self.table.open();
+            for (slot, &at) in slots.iter().zip(&*found) {
+                seen.take(slot);
+                sum += open.w(at) * slot.value;
+            }
         }
         let logit = if KERNEL == COUNT { 0.0 } else { sum + self.intercept() };
         let Example { weight, sampling_offset: offset, .. } = *example;
-        bad |= !(weight > 0.0 && weight <= LARGEST) | !(offset.abs() <= LARGEST_OFFSET) | !logit.is_finite();
-        if bad {
+        let fit = seen.largest <= LARGEST.to_bits() && seen.lowest > 0 && logit.is_finite();
+        if !(fit && weight > 0.0 && weight <= LARGEST && offset.abs() <= LARGEST_OFFSET) {
             return Outcome { logit: 0.0, e: 1.0, quarantined: true };
         }
         let e = libm::expf(-logit.abs());
@@ -468,33 +484,76 @@ impl Logistic {
         let d = (p - f32::from(u8::from(example.positive))) * weight;
 
         self.counts.examples += 1;
-        for (slot, &at) in example.slots.iter().zip(&*found) {
-            if slot.flags & Slot::MISSING != 0 {
+        if seen.flags & Slot::MISSING != 0 {
+            for slot in slots.iter().filter(|slot| slot.flags & Slot::MISSING != 0) {
                 self.counts.missing[usize::from(slot.feature)] += 1;
             }
-            let g = d * slot.value;
-            if at == At::NONE { self.learn_new::<KERNEL>(slot, g) } else { self.step::<KERNEL>(at, g) }
+        }
+        if KERNEL == ADAGRAD && !unseen {
+            self.step_all(slots, found, d);
+        } else {
+            for (slot, &at) in slots.iter().zip(&*found) {
+                let g = d * slot.value;
+                if at == At::NONE { self.learn_new::<KERNEL>(slot, g) } else { self.step::<KERNEL>(at, g) }
+            }
         }
         self.step_intercept::<KERNEL>(f64::from(d));
         Outcome { logit, e, quarantined: false }
     }
 
-    /// Weight for an id that had no row when its block was looked up: by now it may have one, else its default row's.
-    #[cold]
-    fn weight_of_new(&mut self, slot: &Slot, at: &mut At) -> f32 {
-        *at = self.table.find(slot.row);
-        if *at == At::NONE {
-            let feature = usize::from(slot.feature);
-            if self.defaults_at[feature] == At::NONE {
-                self.defaults_at[feature] = self.table.find(self.default_rows[feature]);
-            }
-            match self.defaults_at[feature] {
-                At::NONE => 0.0,
-                default => self.table.w(default),
-            }
-        } else {
-            self.table.w(*at)
+    /// [`Logistic::step`] for every slot under [`ADAGRAD`], with the roots and quotients of eight rows side by side. A step
+    /// depends on the accumulator alone, not on the weight, so a row that comes twice still gets what it gets one by one.
+    #[inline(always)]
+    fn step_all(&mut self, slots: &[Slot], found: &[At], d: f32) {
+        const WIDTH: usize = 8;
+        let Checked { a, n0, c, .. } = self.rule;
+        let (batch, since) = (self.batch, self.since);
+        if since > 0 {
+            self.decay_rows(found);
         }
+        let mut open = self.table.open();
+        let (mut g, mut n) = ([0.0f32; WIDTH], [1.0f32; WIDTH]);
+        for (slots, found) in slots.chunks(WIDTH).zip(found.chunks(WIDTH)) {
+            for (((slot, &at), g), n) in slots.iter().zip(found).zip(&mut g).zip(&mut n) {
+                *g = d * slot.value;
+                *n = open.accumulate(at, *g * *g, batch);
+            }
+            for (g, n) in g.iter_mut().zip(&n) {
+                *g = a * *g / ((n0 + n).sqrt() + c);
+            }
+            for (&at, step) in found.iter().zip(&g) {
+                open.set_w(at, open.w(at) - step);
+            }
+        }
+    }
+
+    /// Looks up again what had no row when the block was looked up: an example before may have brought it. Returns
+    /// whether some still have none.
+    #[cold]
+    fn find_again(&self, slots: &[Slot], found: &mut [At]) -> bool {
+        for (slot, at) in slots.iter().zip(&mut *found).filter(|(_, at)| **at == At::NONE) {
+            *at = self.table.find(slot.row);
+        }
+        found.contains(&At::NONE)
+    }
+
+    /// The sum over the slots, where an id without a row counts as its feature's default row.
+    #[cold]
+    fn sum_with_defaults(&mut self, slots: &[Slot], found: &[At]) -> f32 {
+        let mut sum = 0.0;
+        for (slot, &at) in slots.iter().zip(found) {
+            let at = if at == At::NONE { self.default_at(slot.feature) } else { at };
+            sum += if at == At::NONE { 0.0 } else { self.table.w(at) } * slot.value;
+        }
+        sum
+    }
+
+    fn default_at(&mut self, feature: u16) -> At {
+        let feature = usize::from(feature);
+        if self.defaults_at[feature] == At::NONE {
+            self.defaults_at[feature] = self.table.find(self.default_rows[feature]);
+        }
+        self.defaults_at[feature]
     }
 
     /// The default row learns for an id without a row; the id gets its row, which learns too.
@@ -514,29 +573,22 @@ impl Logistic {
     #[inline(always)]
     fn step<const KERNEL: u8>(&mut self, at: At, g: f32) {
         let Checked { a, n0, l1, c, .. } = self.rule;
-        let row = self.table.row(at);
-        let old = *row.touched;
-        *row.touched = self.batch;
-        if KERNEL == COUNT {
-            *row.w += 1.0;
-            return;
+        if KERNEL != COUNT {
+            self.decay_row::<KERNEL>(at);
         }
-        if old < self.since {
-            self.decay_row::<KERNEL>(at, old);
-        }
-        let row = self.table.row(at);
-        let before = *row.n;
-        *row.n = before + g * g;
-        let root = (n0 + *row.n).sqrt();
-        if KERNEL == FTRL {
-            let w = *row.w;
-            let z = self.table.z(at);
-            *z += g - (root - (n0 + before).sqrt()) / a * w;
-            let z = *z;
-            *self.table.row(at).w = if z.abs() <= l1 { 0.0 } else { a * (l1.copysign(z) - z) / (root + c) };
-        } else {
-            *row.w -= a * g / (root + c);
-        }
+        let Row { w, n: before, .. } = self.table.row(at);
+        let n = if KERNEL == COUNT { before } else { before + g * g };
+        let root = (n0 + n).sqrt();
+        let w = match KERNEL {
+            COUNT => w + 1.0,
+            FTRL => {
+                let z = self.table.z(at);
+                *z += g - (root - (n0 + before).sqrt()) / a * w;
+                if z.abs() <= l1 { 0.0 } else { a * (l1.copysign(*z) - *z) / (root + c) }
+            }
+            _ => w - a * g / (root + c),
+        };
+        self.table.set(at, Row { w, n, touched: self.batch });
     }
 
     /// The intercept's step: the same rule without l1 and l2.
@@ -550,20 +602,28 @@ impl Logistic {
         self.intercept = Intercept { w: w - step, n, touched: self.batch };
     }
 
-    /// Brings the accumulator of a row last touched in batch `touched` to the current period. Where it has a `z` and
+    /// Brings the accumulator of a row last touched in an earlier period to the current one. Where it has a `z` and
     /// a weight, the `z` is derived anew; a weight that l1 holds at 0 stays there with the `z` that it has.
-    #[cold]
-    fn decay_row<const KERNEL: u8>(&mut self, at: At, touched: u32) {
-        let before = *self.table.row(at).n;
-        let n = self.decayed(f64::from(before), touched) as f32;
+    #[inline(always)]
+    fn decay_row<const KERNEL: u8>(&mut self, at: At) {
         let row = self.table.row(at);
-        *row.n = n;
-        let w = *row.w;
-        if KERNEL == FTRL && w != 0.0 && n != before {
-            *self.table.z(at) = self.rule.z_of(w, n);
+        if row.touched < self.since {
+            let n = self.decayed(f64::from(row.n), row.touched) as f32;
+            if KERNEL == FTRL && row.w != 0.0 && n != row.n {
+                *self.table.z(at) = self.rule.z_of(row.w, n);
+            }
+            self.table.set(at, Row { n, touched: self.batch, ..row });
         }
     }
 
+    #[inline(never)]
+    fn decay_rows(&mut self, found: &[At]) {
+        for &at in found {
+            self.decay_row::<ADAGRAD>(at);
+        }
+    }
+
+    #[cold]
     fn decayed(&self, n: f64, touched: u32) -> f64 {
         let period_of = |batch: u32| {
             let next = self.periods.partition_point(|&(first, _)| first <= batch);
@@ -646,6 +706,25 @@ impl Logistic {
 const ADAGRAD: u8 = 0;
 const FTRL: u8 = 1;
 const COUNT: u8 = 2;
+
+/// What the slots of an example are like, all together.
+struct Seen {
+    /// Bits of the largest |value|: as integers, NaN is above every bound, too.
+    largest: u32,
+    /// Lowest row id.
+    lowest: u64,
+    /// All flags.
+    flags: u16,
+}
+
+impl Seen {
+    #[inline(always)]
+    fn take(&mut self, slot: &Slot) {
+        self.largest = self.largest.max(slot.value.abs().to_bits());
+        self.lowest = self.lowest.min(slot.row);
+        self.flags |= slot.flags;
+    }
+}
 
 /// `1 / (1 + exp(-x))` where `e = exp(-|x|)`: no overflow on either side.
 #[inline(always)]
@@ -916,8 +995,8 @@ mod tests {
             let (w, n) = ftrl_in_f64(&s, gradient, 400);
             let at = ours.table.find(77);
             let row = ours.table.row(at);
-            assert!((f64::from(*row.n) - n).abs() < 1e-4 * n, "n {} against {n}", row.n);
-            assert!((f64::from(*row.w) - w).abs() < 2e-5, "w {} against {w} under {s:?}", row.w);
+            assert!((f64::from(row.n) - n).abs() < 1e-4 * n, "n {} against {n}", row.n);
+            assert!((f64::from(row.w) - w).abs() < 2e-5, "w {} against {w} under {s:?}", row.w);
             assert!(w.abs() > 1e-3 || s.l1 > 0.0);
         }
     }

@@ -5,23 +5,38 @@
 //! table made from that behaves as the one it came from.
 
 use super::Error;
+use crate::event::Slot;
 
 /// Rows in a bucket.
 const LANES: usize = 3;
 /// Buckets of an empty table.
 const SMALLEST: usize = 64;
 
-/// Three rows in one cache line. Lanes fill from the first; id 0 is an empty lane.
+/// Three rows in one cache line, as words: the ids, low half first, then w, n and touched. Lanes fill from the first; id
+/// 0 is an empty lane. Words instead of fields, because 6 + lane is below 16 for whatever two bits say: no bounds check.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct Bucket {
-    ids: [u64; LANES],
-    w: [f32; LANES],
-    n: [f32; LANES],
-    touched: [u32; LANES],
-}
+struct Bucket([u32; 16]);
 
-const EMPTY: Bucket = Bucket { ids: [0; LANES], w: [0.0; LANES], n: [0.0; LANES], touched: [0; LANES] };
+const EMPTY: Bucket = Bucket([0; 16]);
+const W: usize = 2 * LANES;
+const N: usize = 3 * LANES;
+const TOUCHED: usize = 4 * LANES;
+
+impl Bucket {
+    #[inline(always)]
+    fn id(&self, lane: usize) -> u64 {
+        u64::from(self.0[2 * lane]) | u64::from(self.0[2 * lane + 1]) << 32
+    }
+
+    fn row(&self, lane: usize) -> Row {
+        Row {
+            w: f32::from_bits(self.0[W + lane]),
+            n: f32::from_bits(self.0[N + lane]),
+            touched: self.0[TOUCHED + lane],
+        }
+    }
+}
 
 /// Where a row lies, until the table grows: bucket * 4 + lane.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -44,11 +59,12 @@ impl At {
     }
 }
 
-/// One row, open for change.
-pub struct Row<'a> {
-    pub w: &'a mut f32,
-    pub n: &'a mut f32,
-    pub touched: &'a mut u32,
+/// What a row holds beside its id (and `z`).
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Row {
+    pub w: f32,
+    pub n: f32,
+    pub touched: u32,
 }
 
 /// Rows as columns of one length, ids strictly ascending: the canonical form of a table.
@@ -129,13 +145,12 @@ impl Table {
         assert!(needed <= grown.capacity(), "the table is full: {needed} rows");
         for (from, bucket) in self.buckets.iter().enumerate() {
             for lane in 0..LANES {
-                let id = bucket.ids[lane];
+                let id = bucket.id(lane);
                 if id == 0 {
                     break;
                 }
                 let at = grown.insert_new(id);
-                let row = grown.row(at);
-                (*row.w, *row.n, *row.touched) = (bucket.w[lane], bucket.n[lane], bucket.touched[lane]);
+                grown.set(at, bucket.row(lane));
                 if let (Some(new), Some(old)) = (&mut grown.z, &self.z) {
                     new[at.bucket()][at.lane()] = old[from][lane];
                 }
@@ -145,16 +160,10 @@ impl Table {
         true
     }
 
-    /// The bucket where the search for `id` starts: its share of `u64` scaled to the number of buckets.
-    #[inline(always)]
-    fn home(&self, id: u64) -> usize {
-        ((u128::from(id) * self.buckets.len() as u128) >> 64) as usize
-    }
-
     /// Asks the memory for the line where the row of `id` most likely lies.
     #[inline(always)]
     pub fn prefetch(&self, id: u64) {
-        let line = self.buckets.as_ptr().wrapping_add(self.home(id));
+        let line = self.buckets.as_ptr().wrapping_add(home(&self.buckets, id));
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a prefetch is a hint; it reads nothing and faults on no address. The intrinsic is unsafe only by its
         // signature. Reason: PREFETCH_REASON
@@ -169,18 +178,15 @@ impl Table {
     #[inline]
     #[must_use]
     pub fn find(&self, id: u64) -> At {
-        let mut at = self.home(id);
-        loop {
-            let ids = &self.buckets[at].ids;
-            // Without branches: in which lane an id lies is chance, and a wrong guess costs more than three compares.
-            let hits = u32::from(ids[0] == id) | u32::from(ids[1] == id) << 1 | u32::from(ids[2] == id) << 2;
-            if hits != 0 {
-                return At::new(at, hits.trailing_zeros() as usize);
-            }
-            if ids[LANES - 1] == 0 {
-                return At::NONE;
-            }
-            at = if at + 1 == self.buckets.len() { 0 } else { at + 1 };
+        find(&self.buckets, id)
+    }
+
+    /// The row of each slot's id, or [`At::NONE`].
+    #[inline(always)]
+    pub fn find_all(&self, slots: &[Slot], found: &mut [At]) {
+        let buckets = self.buckets.as_slice();
+        for (slot, at) in slots.iter().zip(found) {
+            *at = find(buckets, slot.row);
         }
     }
 
@@ -194,10 +200,11 @@ impl Table {
     fn insert_new(&mut self, id: u64) -> At {
         assert!(self.len < self.capacity(), "no room was reserved for row {id:016x}");
         debug_assert_ne!(id, 0, "0 is the id of an empty place");
-        let mut bucket = self.home(id);
+        let mut bucket = home(&self.buckets, id);
         loop {
-            if let Some(lane) = self.buckets[bucket].ids.iter().position(|&id| id == 0) {
-                self.buckets[bucket].ids[lane] = id;
+            let there = &mut self.buckets[bucket];
+            if let Some(lane) = (0..LANES).find(|&lane| there.id(lane) == 0) {
+                (there.0[2 * lane], there.0[2 * lane + 1]) = (id as u32, (id >> 32) as u32);
                 self.len += 1;
                 return At::new(bucket, lane);
             }
@@ -209,14 +216,27 @@ impl Table {
     #[inline(always)]
     #[must_use]
     pub fn w(&self, at: At) -> f32 {
-        self.buckets[at.bucket()].w[at.lane()]
+        f32::from_bits(self.buckets[at.bucket()].0[W + at.lane()])
     }
 
     #[inline(always)]
-    pub fn row(&mut self, at: At) -> Row<'_> {
-        let bucket = &mut self.buckets[at.bucket()];
-        let lane = at.lane();
-        Row { w: &mut bucket.w[lane], n: &mut bucket.n[lane], touched: &mut bucket.touched[lane] }
+    #[must_use]
+    pub fn row(&self, at: At) -> Row {
+        self.buckets[at.bucket()].row(at.lane())
+    }
+
+    #[inline(always)]
+    pub fn set(&mut self, at: At, row: Row) {
+        let words = &mut self.buckets[at.bucket()].0;
+        words[W + at.lane()] = row.w.to_bits();
+        words[N + at.lane()] = row.n.to_bits();
+        words[TOUCHED + at.lane()] = row.touched;
+    }
+
+    /// All rows, open for change, without growth: a loop over many keeps it in registers.
+    #[inline(always)]
+    pub fn open(&mut self) -> Open<'_> {
+        Open(&mut self.buckets)
     }
 
     /// `z` of the row at `at`. Panics if the table was made without.
@@ -241,19 +261,18 @@ impl Table {
         let mut found: Vec<(u64, At)> = Vec::with_capacity(self.len);
         for (at, bucket) in self.buckets.iter().enumerate() {
             for lane in 0..LANES {
-                if bucket.ids[lane] != 0 && wanted(bucket.touched[lane]) {
-                    found.push((bucket.ids[lane], At::new(at, lane)));
+                if bucket.id(lane) != 0 && wanted(bucket.row(lane).touched) {
+                    found.push((bucket.id(lane), At::new(at, lane)));
                 }
             }
         }
         found.sort_unstable_by_key(|&(id, _)| id);
-        let bucket = |at: At| &self.buckets[at.bucket()];
         Rows {
             ids: found.iter().map(|&(id, _)| id).collect(),
-            w: found.iter().map(|&(_, at)| bucket(at).w[at.lane()]).collect(),
-            n: found.iter().map(|&(_, at)| bucket(at).n[at.lane()]).collect(),
+            w: found.iter().map(|&(_, at)| self.w(at)).collect(),
+            n: found.iter().map(|&(_, at)| self.row(at).n).collect(),
             z: self.z.as_ref().map(|z| found.iter().map(|&(_, at)| z[at.bucket()][at.lane()]).collect()),
-            touched: found.iter().map(|&(_, at)| bucket(at).touched[at.lane()]).collect(),
+            touched: found.iter().map(|&(_, at)| self.row(at).touched).collect(),
         }
     }
 
@@ -278,13 +297,68 @@ impl Table {
                 return refuse(format!("row {id:016x} holds w {w}, n {n}, z {z}"));
             }
             let at = table.insert_new(id);
-            let row = table.row(at);
-            (*row.w, *row.n, *row.touched) = (w, n, rows.touched[i]);
+            table.set(at, Row { w, n, touched: rows.touched[i] });
             if rows.z.is_some() {
                 *table.z(at) = z;
             }
         }
         Ok(table)
+    }
+}
+
+/// The bucket where the search for `id` starts: its share of `u64` scaled to the number of buckets.
+#[inline(always)]
+fn home(buckets: &[Bucket], id: u64) -> usize {
+    ((u128::from(id) * buckets.len() as u128) >> 64) as usize
+}
+
+#[inline(always)]
+fn find(buckets: &[Bucket], id: u64) -> At {
+    let mut at = home(buckets, id);
+    loop {
+        let bucket = &buckets[at];
+        // Without a branch on the lane: it is chance where an id lies, and a wrong guess costs more than this.
+        let lane = usize::from(bucket.id(1) == id) + 2 * usize::from(bucket.id(2) == id);
+        if bucket.id(lane) == id {
+            return At::new(at, lane);
+        }
+        if bucket.id(LANES - 1) == 0 {
+            return At::NONE;
+        }
+        at = if at + 1 == buckets.len() { 0 } else { at + 1 };
+    }
+}
+
+/// The rows of a table, in place.
+pub struct Open<'a>(&'a mut [Bucket]);
+
+impl Open<'_> {
+    #[inline(always)]
+    #[must_use]
+    pub fn w(&self, at: At) -> f32 {
+        f32::from_bits(self.0[at.bucket()].0[W + at.lane()])
+    }
+
+    #[inline(always)]
+    pub fn set_w(&mut self, at: At, w: f32) {
+        self.0[at.bucket()].0[W + at.lane()] = w.to_bits();
+    }
+
+    /// Adds `squared` to the accumulator and marks the row as touched by `batch`. Returns the accumulator.
+    #[inline(always)]
+    pub fn accumulate(&mut self, at: At, squared: f32, batch: u32) -> f32 {
+        let words = &mut self.0[at.bucket()].0;
+        let n = f32::from_bits(words[N + at.lane()]) + squared;
+        words[N + at.lane()] = n.to_bits();
+        words[TOUCHED + at.lane()] = batch;
+        n
+    }
+
+    /// Number of the batch that last changed the row.
+    #[inline(always)]
+    #[must_use]
+    pub fn touched(&self, at: At) -> u32 {
+        self.0[at.bucket()].0[TOUCHED + at.lane()]
     }
 }
 
@@ -319,10 +393,9 @@ mod tests {
                 for &(id, batch) in touches {
                     prop_assert_eq!(table.find(id) != At::NONE, oracle.contains_key(&id));
                     let at = table.find_or_insert(id);
-                    let row = table.row(at);
-                    *row.w += 1.5;
-                    *row.n += 1.0;
-                    *row.touched = batch;
+                    let mut open = table.open();
+                    open.accumulate(at, 1.0, batch);
+                    open.set_w(at, open.w(at) + 1.5);
                     if with_z {
                         *table.z(at) -= 1.0;
                     }

@@ -88,14 +88,16 @@ struct Sums {
     clicks: f64,
     predicted: f64,
     loss: f64,
+    /// The loss of examples of weight 1 holds `ln(1 + e)`; here is the product of those `1 + e` that are not in `loss` yet.
+    product: f64,
     /// Weights of negatives and positives by logit.
     bins: Vec<[f64; 2]>,
 }
 
 impl Sums {
     fn new() -> Self {
-        let (weight, clicks, predicted, loss) = (0.0, 0.0, 0.0, 0.0);
-        Self { examples: 0, positives: 0, weight, clicks, predicted, loss, bins: vec![[0.0; 2]; BINS] }
+        let (weight, clicks, predicted, loss, product) = (0.0, 0.0, 0.0, 0.0, 1.0);
+        Self { examples: 0, positives: 0, weight, clicks, predicted, loss, product, bins: vec![[0.0; 2]; BINS] }
     }
 
     fn add(&mut self, other: &Self) {
@@ -104,7 +106,7 @@ impl Sums {
         self.weight += other.weight;
         self.clicks += other.clicks;
         self.predicted += other.predicted;
-        self.loss += other.loss;
+        self.loss += other.loss + libm::log(other.product);
         for (sum, more) in self.bins.iter_mut().zip(&other.bins) {
             sum[0] += more[0];
             sum[1] += more[1];
@@ -114,7 +116,7 @@ impl Sums {
     fn metrics(&self) -> Metrics {
         let over = |sum: f64, by: f64| (by > 0.0).then(|| sum / by);
         let ctr = over(self.clicks, self.weight);
-        let logloss = over(self.loss, self.weight);
+        let logloss = over(self.loss + libm::log(self.product), self.weight);
         let entropy = ctr
             .filter(|ctr| *ctr > 0.0 && *ctr < 1.0)
             .map(|ctr| -ctr * libm::log(ctr) - (1.0 - ctr) * libm::log1p(-ctr));
@@ -141,7 +143,7 @@ impl Sums {
 
     fn export(&self, words: &mut Vec<u64>) {
         words.extend([self.examples, self.positives]);
-        words.extend([self.weight, self.clicks, self.predicted, self.loss].map(f64::to_bits));
+        words.extend([self.weight, self.clicks, self.predicted, self.loss, self.product].map(f64::to_bits));
         let used = || self.bins.iter().enumerate().filter(|(_, bin)| **bin != [0.0; 2]);
         words.push(used().count() as u64);
         words.extend(used().flat_map(|(at, bin)| [at as u64, bin[0].to_bits(), bin[1].to_bits()]));
@@ -151,7 +153,7 @@ impl Sums {
         let mut next = || words.next().ok_or(Error::State("they end early"));
         let mut sums = Self::new();
         (sums.examples, sums.positives) = (next()?, next()?);
-        for sum in [&mut sums.weight, &mut sums.clicks, &mut sums.predicted, &mut sums.loss] {
+        for sum in [&mut sums.weight, &mut sums.clicks, &mut sums.predicted, &mut sums.loss, &mut sums.product] {
             *sum = f64::from_bits(next()?);
         }
         for _ in 0..next()? {
@@ -207,16 +209,26 @@ impl Progressive {
         let (x, e) = (f64::from(logit), f64::from(e));
         let p = if x >= 0.0 { 1.0 } else { e } / (1.0 + e);
         let wrong = if example.positive { -x } else { x };
-        let loss = wrong.max(0.0) + libm::log1p(e);
         let clicked = u64::from(example.positive);
 
+        // -ln p(label) is max(wrong, 0) + ln(1 + e).
         let sums = &mut self.open;
         sums.examples += 1;
         sums.positives += clicked;
         sums.weight += weight;
         sums.clicks += weight * clicked as f64;
         sums.predicted += weight * p;
-        sums.loss += weight * loss;
+        sums.loss += weight * wrong.max(0.0);
+        if weight == 1.0 {
+            // One logarithm for many examples; each factor is at most 2, so nothing overflows.
+            sums.product *= 1.0 + e;
+            if sums.product > 1e300 {
+                sums.loss += libm::log(sums.product);
+                sums.product = 1.0;
+            }
+        } else {
+            sums.loss += weight * libm::log1p(e);
+        }
         // The cast saturates, so what lies outside enters the outermost bins.
         let bin = (((logit - FIRST_BIN) * BINS_PER_LOGIT) as usize).min(BINS - 1);
         sums.bins[bin][usize::from(example.positive)] += weight;
@@ -300,7 +312,8 @@ mod tests {
     fn stream() -> impl Strategy<Value = Vec<(f32, bool, f32, f32, i64)>> {
         let logit = prop_oneof![6 => -6.0f32..3.0, 1 => -30.0f32..30.0, 1 => Just(-1.5f32)];
         let offset = prop_oneof![2 => Just(0.0f32), 1 => Just(libm::logf(10.0))];
-        prop::collection::vec((logit, any::<bool>(), 0.5f32..2.0, offset, 0i64..20_000), 2..200)
+        let weight = prop_oneof![Just(1.0f32), 0.5f32..2.0];
+        prop::collection::vec((logit, any::<bool>(), weight, offset, 0i64..20_000), 2..200)
     }
 
     fn exact_auc(scored: &[(f64, bool, f64)]) -> Option<f64> {
