@@ -29,6 +29,7 @@ impl Decode for Bare {
             text_start: 0,
             text_len: 0,
             before: before.0,
+            content: 0,
             kind: Kind::Impression,
         });
     }

@@ -18,9 +18,9 @@ use crate::{join, snapshot};
 /// Why a configuration cannot be used. Each message names the file or the key, what was expected and what was found.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("cannot read the config `{}`: {source}", path.display())]
+    #[error("cannot read the config `{}`", path.display())]
     Unreadable { path: PathBuf, source: std::io::Error },
-    #[error("config `{}`: {source}", path.display())]
+    #[error("config `{}`", path.display())]
     Syntax { path: PathBuf, source: Box<toml::de::Error> },
     #[error("`--set {text}`: {reason}; write it as key.path=value with a TOML value, such as batch.examples=1024")]
     Override { text: String, reason: String },
@@ -303,8 +303,8 @@ fn refuse<T>(key: impl Into<String>, expected: impl Into<String>, value: impl st
 impl Config {
     /// Reads a TOML file and lays `key.path=value` settings over it.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self, Error> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| Error::Unreadable { path: path.to_owned(), source })?;
+        let text =
+            std::fs::read_to_string(path).map_err(|source| Error::Unreadable { path: path.to_owned(), source })?;
         let syntax = |source| Error::Syntax { path: path.to_owned(), source: Box::new(source) };
         if overrides.is_empty() {
             return toml::from_str(&text).map_err(syntax); // keeps line numbers in messages
@@ -317,15 +317,25 @@ impl Config {
     }
 
     /// Checks everything that can be checked without touching a file or a store.
-    pub fn check(self, until: Option<Time>) -> Result<Checked, Error> {
+    pub fn check(mut self, until: Option<Time>) -> Result<Checked, Error> {
         let schema = Schema::new(&self.features, &self.crosses)?;
-        let logistic = self.model.logistic.check()?;
+        // Spelled out, so that checkpoints and manifests say what was used.
+        self.model.logistic.a = Some(self.model.logistic.rate(schema.len()));
+        let logistic = self.model.logistic.check(schema.len())?;
         let labelled = self.impressions.record.label.is_some();
         if self.clicks.is_none() && !labelled {
-            return refuse("clicks", "must be given, unless `impressions.record.label` says where records carry their label", "nothing");
+            return refuse(
+                "clicks",
+                "must be given, unless `impressions.record.label` says where records carry their label",
+                "nothing",
+            );
         }
         if self.clicks.is_some() && labelled {
-            return refuse("impressions.record.label", "must not be given beside [clicks]: labels come from one place", "both");
+            return refuse(
+                "impressions.record.label",
+                "must not be given beside [clicks]: labels come from one place",
+                "both",
+            );
         }
         let mut streams = vec![("impressions", &self.impressions)];
         streams.extend(self.clicks.as_ref().map(|clicks| ("clicks", clicks)));

@@ -174,7 +174,8 @@ impl Chunk {
                 Kind::Impression | Kind::Click | Kind::Heartbeat => {}
             }
             for slot in &slots[record.slots_start as usize..][..record.slots_len as usize] {
-                let rest = u64::from(slot.value.to_bits()) << 32 | u64::from(slot.feature) << 16 | u64::from(slot.flags);
+                let rest =
+                    u64::from(slot.value.to_bits()) << 32 | u64::from(slot.feature) << 16 | u64::from(slot.flags);
                 digest = fold(digest ^ slot.row, rest);
             }
             record.content = digest;

@@ -118,7 +118,10 @@ fn a_checkpoint_under_other_order_settings_is_refused_and_each_setting_is_named(
     let job = Job::over(&input.path().join("in"));
     job.train(&["--until", "2026-01-01T00:01:00Z"]);
     let said = job.fails(&["--until-end", "--set", "join.window=50s", "--set", "batch.examples=32"]);
-    contains(&said, &["`join.window` was 40000ms and is 50000ms", "`batch.examples` was 64 and is 32", "checkpoint.dir"]);
+    contains(
+        &said,
+        &["`join.window` was 40000ms and is 50000ms", "`batch.examples` was 64 and is 32", "checkpoint.dir"],
+    );
     job.train(&["--until-end"]);
 }
 
@@ -130,8 +133,10 @@ fn a_flipped_byte_in_the_newest_checkpoint_falls_back_to_the_one_before_loudly()
     for suffix in [".json", ".safetensors"] {
         let job = Job::over(&dir);
         job.train(&["--until", "2026-01-01T00:01:00Z"]);
-        let generations: Vec<PathBuf> =
-            files(&job.path("checkpoints"), "checkpoint-").into_iter().filter(|p| p.to_string_lossy().ends_with(suffix)).collect();
+        let generations: Vec<PathBuf> = files(&job.path("checkpoints"), "checkpoint-")
+            .into_iter()
+            .filter(|p| p.to_string_lossy().ends_with(suffix))
+            .collect();
         assert_eq!(generations.len(), 2, "two generations are kept");
         let newest = generations.last().unwrap();
         let mut content = std::fs::read(newest).unwrap();
@@ -229,7 +234,10 @@ fn a_full_disk_while_checkpointing_costs_a_checkpoint_and_nothing_else() {
         // Without the right to mount, the same through a limit on the size of files.
         println!("cannot mount a small disk here; using a file size limit instead");
         let job = Job::over(&dir);
-        let script = format!("ulimit -f 40; trap '' XFSZ; exec {TIDEMILL} train -c {} --until-end --json", job.path("job.toml").display());
+        let script = format!(
+            "ulimit -f 40; trap '' XFSZ; exec {TIDEMILL} train -c {} --until-end --json",
+            job.path("job.toml").display()
+        );
         let output = Command::new("bash").args(["-c", &script]).output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
         contains(&said, &["a checkpoint could not be written"]);

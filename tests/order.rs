@@ -58,8 +58,10 @@ fn records(delay: i64) -> impl Strategy<Value = Vec<Raw>> {
         partition,
         bad,
     });
-    (prop::collection::vec(impression, 1..60), prop::collection::vec(click, 1..60))
-        .prop_map(|(mut a, b)| { a.extend(b); a })
+    (prop::collection::vec(impression, 1..60), prop::collection::vec(click, 1..60)).prop_map(|(mut a, b)| {
+        a.extend(b);
+        a
+    })
 }
 
 /// Three partitions a stream; which record lies where is given by `at`.
@@ -177,9 +179,18 @@ fn oracle(log: &Log) -> (Vec<Answer>, Counts, u64) {
             let positive = !too_late && clicks.iter().copied().any(|c| hit(&c));
             owners.push((i, positive, too_late));
             match (too_late, positive) {
-                (true, _) => { counts.too_late += 1; "too late" }
-                (_, true) => { counts.positives += 1; "positive" }
-                _ => { counts.negatives += 1; "negative" }
+                (true, _) => {
+                    counts.too_late += 1;
+                    "too late"
+                }
+                (_, true) => {
+                    counts.positives += 1;
+                    "positive"
+                }
+                _ => {
+                    counts.negatives += 1;
+                    "negative"
+                }
             }
         };
         let id = if i.raw.bad { 0 } else { i.raw.id };
@@ -247,7 +258,7 @@ fn product(log: &Log, schedule: &[(usize, usize)]) -> (Vec<Answer>, Counts, u64)
     let mut answers = Vec::new();
     let mut steps = schedule.iter().copied().cycle();
     let mut drain = |merge: &mut Merge, join: &mut Join| loop {
-        match merge.next() {
+        match merge.release() {
             Step::Click(click) => join.place(click),
             Step::Impression(released) => {
                 join.counts.impressions += 1;
@@ -261,8 +272,14 @@ fn product(log: &Log, schedule: &[(usize, usize)]) -> (Vec<Answer>, Counts, u64)
                     match join.release(key.id, key.time, record.event_time) {
                         Verdict::Duplicate => "duplicate",
                         Verdict::TooLate => "too late",
-                        Verdict::Labelled(Label::Positive) => { join.counts.positives += 1; "positive" }
-                        Verdict::Labelled(Label::Negative) => { join.counts.negatives += 1; "negative" }
+                        Verdict::Labelled(Label::Positive) => {
+                            join.counts.positives += 1;
+                            "positive"
+                        }
+                        Verdict::Labelled(Label::Negative) => {
+                            join.counts.negatives += 1;
+                            "negative"
+                        }
                     }
                 };
                 let (partition, offset) = (key.partition as usize, key.offset as usize);
@@ -333,7 +350,13 @@ proptest! {
 /// A log of one impression partition and one click partition.
 fn small(impressions: &[(u64, i64)], clicks: &[(u64, i64)]) -> Log {
     let raw = |stream, &(id, event_time): &(u64, i64)| Raw {
-        stream, id, event_time, arrival: event_time, content: 0, partition: 0, bad: false,
+        stream,
+        id,
+        event_time,
+        arrival: event_time,
+        content: 0,
+        partition: 0,
+        bad: false,
     };
     vec![
         (Stream::Impressions, impressions.iter().map(|r| raw(Stream::Impressions, r)).collect()),
@@ -367,9 +390,9 @@ fn an_impression_is_held_until_every_awaited_click_partition_is_strictly_past_it
     merge.offer(clicks[0], chunk(&log[1].1, 0), Time::MAX);
     merge.offer(clicks[1], chunk(&log[1].1[..1], 0), Time::MAX);
     // The second partition's watermark equals the end of the window: an equal time may still come.
-    assert!(matches!(merge.next(), Step::Wait { on: Some(p), .. } if p == clicks[1]));
+    assert!(matches!(merge.release(), Step::Wait { on: Some(p), .. } if p == clicks[1]));
     merge.offer(clicks[1], chunk(&log[1].1[1..], 1), Time::MAX);
-    assert!(matches!(merge.next(), Step::Impression(_)));
+    assert!(matches!(merge.release(), Step::Impression(_)));
 }
 
 #[test]
@@ -386,13 +409,18 @@ fn a_silent_click_stream_holds_the_release_even_when_all_its_partitions_are_idle
     merge.caught_up(clicks, Time(0));
     merge.caught_up(impressions, Time(0));
     merge.tick(Time(1_000_000));
-    assert!(matches!(merge.next(), Step::Wait { on: None, why: tidemill::merge::WaitReason::ClickSilence }));
+    assert!(matches!(merge.release(), Step::Wait { on: None, why: tidemill::merge::WaitReason::ClickSilence }));
     // A heartbeat is enough to let it go on.
     let mut alive = chunk(&[], 1);
-    alive.records.push(Record { kind: Kind::Heartbeat, event_time: Time(3000), id: 0, ..chunk(&log[1].1, 1).records[0] });
+    alive.records.push(Record {
+        kind: Kind::Heartbeat,
+        event_time: Time(3000),
+        id: 0,
+        ..chunk(&log[1].1, 1).records[0]
+    });
     merge.offer(clicks, alive, Time::MAX);
-    assert!(matches!(merge.next(), Step::Click(_)));
-    assert!(matches!(merge.next(), Step::Impression(_)));
+    assert!(matches!(merge.release(), Step::Click(_)));
+    assert!(matches!(merge.release(), Step::Impression(_)));
 }
 
 #[test]
@@ -405,12 +433,12 @@ fn an_idle_impression_partition_is_not_waited_for_and_what_it_brings_later_is_ov
     let log = small(&[(1, 1000), (2, 5000)], &[(9, 9000)]);
     merge.offer(busy, chunk(&log[0].1, 0), Time::MAX);
     merge.offer(clicks, chunk(&log[1].1, 0), Time::MAX);
-    assert!(matches!(merge.next(), Step::Wait { on: Some(p), .. } if p == idle));
+    assert!(matches!(merge.release(), Step::Wait { on: Some(p), .. } if p == idle));
     merge.caught_up(idle, Time(0));
     merge.tick(Time(99));
-    assert!(matches!(merge.next(), Step::Wait { .. }));
+    assert!(matches!(merge.release(), Step::Wait { .. }));
     merge.tick(Time(100));
-    let Step::Impression(first) = merge.next() else { panic!("released") };
+    let Step::Impression(first) = merge.release() else { panic!("released") };
     assert_eq!(first.key.time, Time(1000));
     // Now the idle partition brings something older than what was released.
     let late = small(&[(3, 900), (4, 1500)], &[]);
@@ -434,7 +462,7 @@ fn an_idle_impression_partition_is_not_waited_for_and_what_it_brings_later_is_ov
     let places = |merge: &mut Merge| {
         let mut places = Vec::new();
         loop {
-            match merge.next() {
+            match merge.release() {
                 Step::Impression(released) => places.push((released.key.time.0, released.key.id)),
                 Step::Click(_) => {}
                 Step::Wait { .. } | Step::End => return places,

@@ -13,8 +13,20 @@ use rand_pcg::rand_core::{Rng as _, SeedableRng as _};
 use tidemill::feature::schema::{row_of, seed_of};
 
 const DISTURBED: &[&str] = &[
-    "-n", "12000", "--partitions", "2", "--disorder", "2s", "--late", "0.003", "--duplicates", "0.02", "--orphans",
-    "0.03", "--garbage", "0.003",
+    "-n",
+    "12000",
+    "--partitions",
+    "2",
+    "--disorder",
+    "2s",
+    "--late",
+    "0.003",
+    "--duplicates",
+    "0.02",
+    "--orphans",
+    "0.03",
+    "--garbage",
+    "0.003",
 ];
 
 #[test]
@@ -190,7 +202,10 @@ fn predictions_are_written_once_each_however_often_the_job_was_killed() {
     let killed = run(&Job::over(&input.path().join("in")), 6);
     assert_eq!(once.lines().next(), Some("id,prediction,label"));
     assert!(once == killed, "the file of the killed job differs");
-    assert_eq!(once.lines().skip(1).map(|line| line.split(',').next().unwrap()).collect::<HashSet<_>>().len() + 1, once.lines().count());
+    assert_eq!(
+        once.lines().skip(1).map(|line| line.split(',').next().unwrap()).collect::<HashSet<_>>().len() + 1,
+        once.lines().count()
+    );
 }
 
 #[test]

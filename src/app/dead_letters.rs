@@ -22,7 +22,7 @@ struct Letter<'a> {
 
 /// Why dead letters cannot be kept.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot write dead letters to `{}`: {source}; the job stops so that none is lost: free space or change `dead_letters.path`, then start it again", path.display())]
+#[error("cannot write dead letters to `{}`; the job stops so that none is lost: free space or change `dead_letters.path`, then start it again", path.display())]
 pub struct Error {
     path: PathBuf,
     source: io::Error,
@@ -74,7 +74,8 @@ impl DeadLetters {
             tracing::warn!("more records are rejected; they are counted and no longer logged one by one");
         }
         let Some((path, file)) = &mut self.file else { return Ok(()) };
-        let line = serde_json::to_string(&Letter { stream, partition, offset, row, reason, record }).expect("plain data");
+        let line =
+            serde_json::to_string(&Letter { stream, partition, offset, row, reason, record }).expect("plain data");
         writeln!(file, "{line}").map_err(|source| Error { path: path.clone(), source })
     }
 

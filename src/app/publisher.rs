@@ -2,14 +2,18 @@
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
+use crate::clock;
 use crate::config::Checked;
 use crate::event::Slot;
 use crate::snapshot::manifest::PartitionPosition;
-use crate::snapshot::{self, Facts, Golden, ModelInfo, Outcome, Publisher, Remedy, Version, Weights};
+use crate::snapshot::publish::Plan;
+use crate::snapshot::retain::retain;
+use crate::snapshot::{self, Facts, Golden, ModelInfo, Outcome, Publisher, Remedy, Store, Version, Weights};
 use crate::telemetry;
 use crate::train::core::Image;
-use crate::train::image;
+use crate::train::image::{self, Digests};
 use crate::train::progressive;
 
 /// What is to be published: the state at a boundary, and fresh examples to prove the weights with.
@@ -65,11 +69,12 @@ impl Handle {
             schema_hash: checked.schema.hash(),
         };
         let store = plan.open()?;
-        let publisher = runtime.block_on(Publisher::open(store, &plan, checked.lineage(), model))?;
+        let publisher = runtime.block_on(Publisher::open(store.clone(), &plan, checked.lineage(), model))?;
         let shared = Arc::new(Shared::default());
         lock(&shared).last = publisher.newest().map(|(version, _)| version);
         let (ours, window) = (Arc::clone(&shared), checked.join.window);
-        let body = move || run(&ours, publisher, &runtime, window);
+        let worker = Worker { publisher, store, plan, runtime, window, swept: None };
+        let body = move || worker.run(&ours);
         let thread = thread::Builder::new().name("publish".into()).spawn(body)?;
         Ok(Self { shared, thread: Some(thread) })
     }
@@ -132,89 +137,123 @@ fn lock(shared: &Shared) -> std::sync::MutexGuard<'_, State> {
 /// How often a failed publish is tried before the job waits for the next mark.
 const TRIES: u32 = 3;
 
-fn run(shared: &Shared, mut publisher: Publisher, runtime: &tokio::runtime::Runtime, window: i64) {
-    loop {
-        let job = {
+/// Least time between two clean-ups of the store, each of which lists it.
+const SWEEP: Duration = Duration::from_secs(60);
+
+/// What the publishing thread owns.
+struct Worker {
+    publisher: Publisher,
+    store: Store,
+    plan: Plan,
+    runtime: tokio::runtime::Runtime,
+    /// Attribution window, ms.
+    window: i64,
+    /// When versions that are no longer needed were last removed.
+    swept: Option<Instant>,
+}
+
+impl Worker {
+    fn run(mut self, shared: &Shared) {
+        loop {
+            let job = {
+                let mut state = lock(shared);
+                loop {
+                    if let Some(job) = state.slot.take() {
+                        state.busy = true;
+                        break job;
+                    }
+                    if state.closed {
+                        return;
+                    }
+                    state = shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                }
+            };
+            let result = self.publish(&job);
+            let published = matches!(result, Ok(Outcome::Published(_)));
             let mut state = lock(shared);
-            loop {
-                if let Some(job) = state.slot.take() {
-                    state.busy = true;
-                    break job;
+            state.busy = false;
+            match result {
+                Ok(Outcome::Published(version)) => {
+                    state.last = Some(version);
+                    telemetry::published(version.0);
                 }
-                if state.closed {
-                    return;
+                Ok(Outcome::Behind { newest }) => {
+                    tracing::info!(newest = newest.0, "this stretch is already published; waiting until it is passed");
                 }
-                state = shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-            }
-        };
-        let result = publish(&mut publisher, runtime, job, window);
-        let mut state = lock(shared);
-        state.busy = false;
-        match result {
-            Ok(Outcome::Published(version)) => {
-                state.last = Some(version);
-                telemetry::published(version.0);
-            }
-            Ok(Outcome::Behind { newest }) => {
-                tracing::info!(newest = newest.0, "this stretch is already published; waiting until it is passed");
-            }
-            Ok(Outcome::Fenced { by }) => {
-                tracing::error!(epoch = by.0, "another trainer has taken the channel; this one publishes no more");
-                state.stopped = Some(format!("another trainer has taken the channel with epoch {by}"));
-            }
-            Err(error) => {
-                telemetry::publish_failed();
-                tracing::error!(error = %chain(&error), "a snapshot could not be published; training goes on");
-                if error.remedy() == Remedy::Stop {
-                    state.stopped = Some(chain(&error));
+                Ok(Outcome::Fenced { by }) => {
+                    tracing::error!(epoch = by.0, "another trainer has taken the channel; this one publishes no more");
+                    state.stopped = Some(format!("another trainer has taken the channel with epoch {by}"));
                 }
+                Err(error) => {
+                    telemetry::publish_failed();
+                    tracing::error!(error = %chain(&error), "a snapshot could not be published; training goes on");
+                    if error.remedy() == Remedy::Stop {
+                        state.stopped = Some(chain(&error));
+                    }
+                }
+            }
+            drop(state);
+            if published && self.swept.is_none_or(|swept| swept.elapsed() >= SWEEP) {
+                self.sweep();
             }
         }
     }
+
+    /// Removes versions that nothing needs any more.
+    fn sweep(&mut self) {
+        self.swept = Some(Instant::now());
+        match self.runtime.block_on(retain(&self.store, &self.plan, clock::now())) {
+            Ok(removed) => tracing::debug!(?removed, "cleaned the store"),
+            Err(error) => {
+                tracing::warn!(error = %chain(&error), "old snapshots could not be removed; tried again later")
+            }
+        }
+    }
+
+    fn publish(&mut self, job: &Job) -> snapshot::Result<Outcome> {
+        let image = &job.image;
+        let model = image.model.sorted();
+        let digests = image::digests(image, &model, self.window);
+        let weights = Weights::new(model.rows.ids, model.rows.w, model.intercept.w as f32, job.default_rows.clone())
+            .map_err(|error| snapshot::Error::Unfit(error.to_string()))?;
+        let golden = golden(job, &weights);
+        let facts = facts(job, digests);
+        let mut wait = Duration::from_millis(200);
+        for attempt in 1.. {
+            match self.runtime.block_on(self.publisher.publish(&weights, facts.clone(), &golden)) {
+                Err(error) if error.remedy() == Remedy::Retry && attempt < TRIES => {
+                    tracing::warn!(error = %chain(&error), attempt, "publishing failed, trying again");
+                    thread::sleep(wait);
+                    wait *= 4;
+                }
+                done => return done,
+            }
+        }
+        unreachable!("the last attempt returns")
+    }
 }
 
-fn publish(
-    publisher: &mut Publisher,
-    runtime: &tokio::runtime::Runtime,
-    job: Job,
-    window: i64,
-) -> snapshot::Result<Outcome> {
+/// What the manifest says of a job's image.
+fn facts(job: &Job, digests: Digests) -> Facts {
     let image = &job.image;
-    let model = image.model.sorted();
-    let digests = image::digests(image, &model, window);
-    let weights =
-        Weights::new(model.rows.ids, model.rows.w, model.intercept.w as f32, job.default_rows.clone())
-            .map_err(|error| snapshot::Error::Unfit(error.to_string()))?;
-    let golden = golden(&job, &weights);
     let counts = serde_json::to_value(image.counts).expect("plain data");
     let counts = counts.as_object().into_iter().flatten().filter_map(|(k, v)| Some((k.clone(), v.as_u64()?)));
-    let facts = Facts {
+    let position = |p: &crate::merge::PartitionPosition| PartitionPosition {
+        name: p.name.clone(),
+        stream: p.stream,
+        offset: p.from.offset,
+    };
+    Facts {
         frontier_time: image.place.frontier.map(|key| key.time),
-        positions: image
-            .partitions
-            .iter()
-            .map(|p| PartitionPosition { name: p.name.clone(), stream: p.stream, offset: p.from.offset })
-            .collect(),
+        positions: image.partitions.iter().map(position).collect(),
         event_times: image.place.event_times,
         batch: image.place.batches,
         counts: counts.collect(),
         journal: image.journal.iter().map(|entry| serde_json::to_string(entry).expect("plain data")).collect(),
-        metrics: serde_json::to_value(&job.report).expect("plain data"),
+        metrics: serde_json::to_value(job.report).expect("plain data"),
         model_digest: digests.model,
         order_digest: digests.order,
-    };
-    let mut wait = std::time::Duration::from_millis(200);
-    for attempt in 1.. {
-        match runtime.block_on(publisher.publish(&weights, facts.clone(), &golden)) {
-            Err(error) if error.remedy() == Remedy::Retry && attempt < TRIES => {
-                tracing::warn!(error = %chain(&error), attempt, "publishing failed, trying again");
-                thread::sleep(wait);
-                wait *= 4;
-            }
-            done => return done,
-        }
     }
-    unreachable!("the last attempt returns")
 }
 
 /// Fresh examples, one of them with ids that no row has, each with the logit of the weights.

@@ -79,14 +79,14 @@ pub enum Error {
     OtherSettings { dir: PathBuf, differences: String },
     #[error("the checkpoint in `{}` has format {found}, this build reads {FORMAT}", dir.display())]
     OtherFormat { dir: PathBuf, found: u32 },
-    #[error("the head of the checkpoint in `{}` cannot be read: {source}", dir.display())]
+    #[error("the head of the checkpoint in `{}` cannot be read", dir.display())]
     Head { dir: PathBuf, source: serde_json::Error },
     #[error(
         "the checkpoint knows the file `{name}` of {stream}, but the config does not: list it again (a file that was read \
          to its end may only be left out once a later checkpoint no longer needs it)"
     )]
     PartitionGone { name: String, stream: &'static str },
-    #[error("cannot write predictions to `{}`: {source}", path.display())]
+    #[error("cannot write predictions to `{}`", path.display())]
     Predictions { path: PathBuf, source: io::Error },
     #[error("a thread cannot be started: {0}")]
     Thread(#[source] io::Error),
@@ -163,13 +163,7 @@ struct Input {
 struct Lines(Decoder);
 
 impl Decode for Lines {
-    fn decode(
-        &mut self,
-        raw: &[u8],
-        offset: u64,
-        before: crate::position::Fingerprint,
-        out: &mut crate::event::Chunk,
-    ) {
+    fn decode(&mut self, raw: &[u8], offset: u64, before: crate::position::Fingerprint, out: &mut crate::event::Chunk) {
         self.0.decode(raw, offset, before, out);
     }
 }
@@ -213,7 +207,8 @@ pub fn run(
             let dir = config.checkpoint.as_ref().map(|settings| settings.dir.clone()).unwrap_or_default();
             next_checkpoint = loaded.number + 1;
             let head: Head = read_head(&loaded.head, &dir, checked)?;
-            let seen = loaded.segments.iter().map(|(_, arrays)| image::read_segment(arrays)).collect::<Result<Vec<_>, _>>()?;
+            let seen =
+                loaded.segments.iter().map(|(_, arrays)| image::read_segment(arrays)).collect::<Result<Vec<_>, _>>()?;
             let (restored, state, words) = image::read(&head, &loaded.arrays, seen)?;
             let model = Logistic::from_state(checked.logistic, default_rows.clone(), state)?;
             let measured = Progressive::import(&config.metrics, &words)?;
@@ -236,10 +231,8 @@ pub fn run(
 
     // Last stage first: publisher and checkpoint writer, the core, then what feeds it.
     let publisher = config.snapshots.as_ref().map(|settings| Handle::start(checked, settings)).transpose()?;
-    let keeper = checkpoints
-        .map(|store| Keeper::start(checked, store, next_checkpoint))
-        .transpose()
-        .map_err(Error::Thread)?;
+    let keeper =
+        checkpoints.map(|store| Keeper::start(checked, store, next_checkpoint)).transpose().map_err(Error::Thread)?;
 
     let batch = &config.batch;
     let period = batch.period.0.map(|period| period.as_millis() as i64);
@@ -352,7 +345,8 @@ fn summary(checked: &Checked, core: &Core, image: &Image, digests: Digests, dead
     let features = core.model.counts();
     let rate = |of: &[u64]| {
         let named = of.iter().enumerate().filter(|(_, n)| **n > 0);
-        let named = named.map(|(i, n)| (checked.schema.name(i).to_owned(), *n as f64 / features.examples.max(1) as f64));
+        let named =
+            named.map(|(i, n)| (checked.schema.name(i).to_owned(), *n as f64 / features.examples.max(1) as f64));
         named.collect::<BTreeMap<_, _>>()
     };
     let examples = image.place.examples - run.first_example;
@@ -526,7 +520,8 @@ fn drain(
     }
     for bad in core.take_quarantined() {
         let from = &input.partitions[bad.partition as usize];
-        let reason = format!("example {:016x} was quarantined: its logit or step is not finite or out of bounds", bad.id);
+        let reason =
+            format!("example {:016x} was quarantined: its logit or step is not finite or out of bounds", bad.id);
         dead.keep(from.stream, &from.name, bad.offset, bad.row, &reason, "")?;
     }
     Ok(())
@@ -578,7 +573,8 @@ impl Running<'_> {
             }
         }
         let every = self.checked.config.publish.every.as_millis() as i64;
-        let mark = *self.next_mark.get_or_insert_with(|| Time((frontier.0.div_euclid(every) + 1).saturating_mul(every)));
+        let mark =
+            *self.next_mark.get_or_insert_with(|| Time((frontier.0.div_euclid(every) + 1).saturating_mul(every)));
         if frontier >= mark
             && let Some(publisher) = &self.publisher
         {
@@ -660,7 +656,9 @@ impl Predictions {
         let length = at.unwrap_or(0);
         let found = file.metadata().map_err(fail)?.len();
         if found < length {
-            let why = format!("it has {found} bytes, but the checkpoint has written {length}; name the file of the earlier run");
+            let why = format!(
+                "it has {found} bytes, but the checkpoint has written {length}; name the file of the earlier run"
+            );
             return Err(fail(io::Error::other(why)));
         }
         file.set_len(length).and_then(|()| file.seek(SeekFrom::Start(length))).map_err(fail)?;

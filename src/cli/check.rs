@@ -33,7 +33,15 @@ impl Check {
         let config = &checked.config;
         ok("config", format!("`{}`, lineage {}", self.config.config.display(), checked.lineage()))?;
         let schema = &checked.schema;
-        ok("schema", format!("{} features, {} crosses, hash {}", schema.features(), schema.len() - schema.features(), schema.hash()))?;
+        ok(
+            "schema",
+            format!(
+                "{} features, {} crosses, hash {}",
+                schema.features(),
+                schema.len() - schema.features(),
+                schema.hash()
+            ),
+        )?;
         let mut streams = vec![(Stream::Impressions, &config.impressions)];
         streams.extend(config.clicks.as_ref().map(|clicks| (Stream::Clicks, clicks)));
         for (stream, settings) in &streams {
@@ -65,7 +73,10 @@ impl Check {
             })?;
             let newest = newest.and_then(|entry| entry.version);
             let names = newest.map_or("names no version yet".to_owned(), |version| format!("names version {version}"));
-            ok("snapshots", format!("`{}`: create-only writes work; channel `{}` {names}", store.url(), settings.channel))?;
+            ok(
+                "snapshots",
+                format!("`{}`: create-only writes work; channel `{}` {names}", store.url(), settings.channel),
+            )?;
         }
         if let Some(settings) = &config.dead_letters {
             crate::app::dead_letters::DeadLetters::open(Some(&settings.path))?;
@@ -119,4 +130,3 @@ fn event_lines(out: &mut impl std::io::Write, event: &EventView) -> std::io::Res
     }
     Ok(())
 }
-

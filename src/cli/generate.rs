@@ -138,7 +138,7 @@ impl Generate {
         let send = |at: usize, block: &mut Vec<u8>| {
             full.send((at, std::mem::replace(block, Vec::with_capacity(BLOCK + 1024)))).is_ok()
         };
-        'events: while let Some(event) = generator.next() {
+        'events: for event in generator.by_ref() {
             let at = event.stream as usize * partitions + event.partition as usize;
             event.write_line(&mut blocks[at]);
             if blocks[at].len() >= BLOCK && !send(at, &mut blocks[at]) {

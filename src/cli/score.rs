@@ -50,13 +50,7 @@ pub struct Score {
 struct Lines(Decoder);
 
 impl Decode for Lines {
-    fn decode(
-        &mut self,
-        raw: &[u8],
-        offset: u64,
-        before: crate::position::Fingerprint,
-        out: &mut crate::event::Chunk,
-    ) {
+    fn decode(&mut self, raw: &[u8], offset: u64, before: crate::position::Fingerprint, out: &mut crate::event::Chunk) {
         self.0.decode(raw, offset, before, out);
     }
 }

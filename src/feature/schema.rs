@@ -344,8 +344,7 @@ impl Schema {
 
     /// Reads what [`to_json`](Self::to_json) wrote, and checks it again.
     pub fn from_json(json: &str) -> Result<Self, Error> {
-        // sonic-rs rounds every float correctly; serde_json, without a feature, may be off by one unit in the last place.
-        let canonical: Canonical = sonic_rs::from_str(json).map_err(|e| Error::Json(first_line(&e)))?;
+        let canonical: Canonical = serde_json::from_str(json).map_err(|e| Error::Json(e.to_string()))?;
         if canonical.encoding != ENCODING {
             return Err(Error::Version { found: canonical.encoding, known: ENCODING });
         }
@@ -372,11 +371,6 @@ impl Schema {
 
 fn setting(key: impl Into<String>, problem: impl Into<String>) -> Error {
     Error::Setting { key: key.into(), problem: problem.into() }
-}
-
-/// sonic-rs prints the input and a caret under its message; the first line says it.
-pub(crate) fn first_line(error: &dyn std::fmt::Display) -> String {
-    error.to_string().lines().next().unwrap_or_default().trim_end().to_owned()
 }
 
 fn check_name(key: &str, name: &str) -> Result<(), Error> {

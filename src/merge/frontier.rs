@@ -81,7 +81,7 @@ pub struct Click {
     pub late: bool,
 }
 
-/// A released impression; its data is reached through [`Merge::record`] until the next call of [`Merge::next`].
+/// A released impression; its data is reached through [`Merge::record`] until the next call of [`Merge::release`].
 #[derive(Clone, Copy, Debug)]
 pub struct Released {
     pub key: Key,
@@ -123,7 +123,10 @@ pub enum Step {
     Click(Click),
     Impression(Released),
     /// Nothing yet; reading partition `on` brings the release closest, if anything does.
-    Wait { on: Option<usize>, why: WaitReason },
+    Wait {
+        on: Option<usize>,
+        why: WaitReason,
+    },
     /// Bounded input: all that was to be released has been.
     End,
 }
@@ -228,6 +231,7 @@ pub struct Merge {
     /// (partition, time) of the smallest impression, if any is pending.
     next_impression: Option<(usize, Time)>,
     last: Option<Released>,
+    #[expect(clippy::vec_box, reason = "the box travels on, with its address and its memory")]
     recycled: Vec<Box<Chunk>>,
     quiet: bool,
     /// Records rejected here rather than by the decoder: what the runtime decided. Drained by the caller.
@@ -436,7 +440,12 @@ impl Merge {
                     Placing::Ahead { time } => {
                         rejected = true;
                         let by = record.event_time.0 - record.log_time.0;
-                        self.rejected.push((partition as u32, record.offset, record.row, ahead_of("log time", by, bounds)));
+                        self.rejected.push((
+                            partition as u32,
+                            record.offset,
+                            record.row,
+                            ahead_of("log time", by, bounds),
+                        ));
                         (time, false)
                     }
                 }
@@ -611,7 +620,7 @@ impl Merge {
     }
 
     /// The next record of the order, or what is missing for it.
-    pub fn next(&mut self) -> Step {
+    pub fn release(&mut self) -> Step {
         self.let_go();
         let (from, time, cut) = match self.ready() {
             Ready::Impression { from, time, cut } => (from, time, cut),
@@ -620,7 +629,9 @@ impl Merge {
         };
         let close = time.plus(self.rules.window);
         if let Some((partition, _)) = self.next_click.filter(|&(_, click)| click <= close) {
-            let Queue::Clicks(clicks) = &mut self.partitions[partition].queue else { unreachable!("a click partition") };
+            let Queue::Clicks(clicks) = &mut self.partitions[partition].queue else {
+                unreachable!("a click partition")
+            };
             let click = clicks.pop().expect("its head was just seen");
             self.next_click = self.smallest(Stream::Clicks);
             return Step::Click(click);
@@ -668,7 +679,8 @@ impl Merge {
     fn wait(&self, time: Time, candidate: bool) -> Ready {
         let behind = |stream, need: Time| {
             let awaited = self.partitions.iter().enumerate();
-            let awaited = awaited.filter(move |(_, p)| p.stream == stream && p.awaited() && !p.ended && p.watermark.0 <= need);
+            let awaited =
+                awaited.filter(move |(_, p)| p.stream == stream && p.awaited() && !p.ended && p.watermark.0 <= need);
             awaited.map(|(index, p)| (p.watermark.0, index)).min()
         };
         if let Some((watermark, index)) = behind(Stream::Impressions, time) {
@@ -708,7 +720,8 @@ impl Merge {
     /// Frees what the impression handed out last still held.
     fn let_go(&mut self) {
         let Some(last) = self.last.take() else { return };
-        let Queue::Impressions { held, first_held, .. } = &mut self.partitions[last.key.partition as usize].queue else {
+        let Queue::Impressions { held, first_held, .. } = &mut self.partitions[last.key.partition as usize].queue
+        else {
             unreachable!("an impression partition")
         };
         held[(last.chunk - *first_held) as usize].left -= 1;
@@ -722,7 +735,8 @@ impl Merge {
     /// The data of the impression handed out last.
     #[must_use]
     pub fn record(&self, released: &Released) -> (&Chunk, &Record) {
-        let Queue::Impressions { held, first_held, .. } = &self.partitions[released.key.partition as usize].queue else {
+        let Queue::Impressions { held, first_held, .. } = &self.partitions[released.key.partition as usize].queue
+        else {
             unreachable!("an impression partition")
         };
         let chunk = &held[(released.chunk - first_held) as usize].chunk;
@@ -766,10 +780,13 @@ impl Merge {
 
     /// Clicks read and not yet passed, of all partitions, in no order.
     pub fn waiting_clicks(&self) -> impl Iterator<Item = &Click> {
-        self.partitions.iter().filter_map(|p| match &p.queue {
-            Queue::Clicks(clicks) => Some(clicks.iter()),
-            Queue::Impressions { .. } => None,
-        }).flatten()
+        self.partitions
+            .iter()
+            .filter_map(|p| match &p.queue {
+                Queue::Clicks(clicks) => Some(clicks.iter()),
+                Queue::Impressions { .. } => None,
+            })
+            .flatten()
     }
 
     /// Indices of the impression partitions, in order.

@@ -2,13 +2,14 @@
 //!
 //! The rules are those of `docs/semantics.md`: a record's place is `max(event_time, W)`, an impression at `t` is released
 //! once every awaited partition has `W > t` and every awaited click partition `W > t + window`. Pure: chunks come in
-//! through [`Merge::offer`], ordered records leave through [`Merge::next`], and what to read next is said, not done.
+//! through [`Merge::offer`], ordered records leave through [`Merge::release`], and what to read next is said, not done.
 
 mod frontier;
 mod reorder;
 mod watermark;
 
 pub use frontier::{
-    Click, Decision, Held, JournalEntry, Key, Merge, PartitionPosition, ReadCounts, Ready, Released, Rules, Step, StreamRules, WaitReason,
+    Click, Decision, Held, JournalEntry, Key, Merge, PartitionPosition, ReadCounts, Ready, Released, Rules, Step,
+    StreamRules, WaitReason,
 };
 pub use watermark::{Bounds, Placing, Watermark};

@@ -48,7 +48,7 @@ pub enum Arrival {
 /// Why a source cannot be opened or read on.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("cannot read `{}`: {source}; check that it exists and that this user may read it", file.display())]
+    #[error("cannot read `{}`; check that it exists and that this user may read it", file.display())]
     Unreadable { file: PathBuf, source: io::Error },
 
     #[error("`{pattern}` matches no file; a pattern may hold `*` and `?` in its last part, after the last `/`")]
@@ -65,7 +65,7 @@ pub enum Error {
     Truncated { file: PathBuf, offset: u64 },
 
     #[error(
-        "`{}` is damaged: its compressed data cannot be read past {offset} bytes (decompressed): {source}; put an intact \
+        "`{}` is damaged: its compressed data cannot be read past {offset} bytes (decompressed); put an intact \
          copy of the same content in its place and start again, reading goes on from there",
         file.display()
     )]
@@ -81,7 +81,7 @@ pub enum Error {
     #[error("reading `{}` panicked in the {at}: {message}; this is a bug of tidemill, please report it", file.display())]
     Panicked { file: PathBuf, at: String, message: String },
 
-    #[error("cannot start a thread to {what}: {source}; raise the limit on threads or read fewer files")]
+    #[error("cannot start a thread to {what}; raise the limit on threads or read fewer files")]
     Thread { what: String, source: io::Error },
 }
 

@@ -31,7 +31,8 @@ impl Sampling {
     }
 
     fn keeps(self, id: u64) -> bool {
-        self.keep_below == u64::MAX || xxhash_rust::xxh3::xxh3_64_with_seed(&id.to_le_bytes(), self.seed) <= self.keep_below
+        self.keep_below == u64::MAX
+            || xxhash_rust::xxh3::xxh3_64_with_seed(&id.to_le_bytes(), self.seed) <= self.keep_below
     }
 }
 
@@ -190,8 +191,7 @@ impl Core {
             let mine = ahead.iter().copied().filter(|click| click.partition as usize == index);
             self.merge.add_resumed(position, mine);
         }
-        let join =
-            join::Image { clicks: Vec::new(), seen: image.seen, counts: image.counts, delays: image.delays };
+        let join = join::Image { clicks: Vec::new(), seen: image.seen, counts: image.counts, delays: image.delays };
         self.join.restore(join, placed.into_iter());
         self.cutter.resume(frontier.map(|key| key.time));
         self.place = image.place;
@@ -268,7 +268,7 @@ impl Core {
     /// Passes the clicks that come before the next impression's window closes, then releases it. Whether that fills a batch.
     fn release(&mut self, cut: bool) -> bool {
         let released = loop {
-            match self.merge.next() {
+            match self.merge.release() {
                 Step::Click(click) => self.join.place(click),
                 Step::Impression(released) => break released,
                 Step::Wait { .. } | Step::End => unreachable!("an impression was ready"),
@@ -350,7 +350,8 @@ impl Core {
             })
             .collect();
         self.place.batches += 1;
-        let number = u32::try_from(self.place.batches).expect("fewer than 2^32 batches: start a new lineage by a retrain");
+        let number =
+            u32::try_from(self.place.batches).expect("fewer than 2^32 batches: start a new lineage by a retrain");
         self.model.learn(number, self.items[0].time, &examples, &mut self.outcomes);
         let counts = &mut self.join.counts;
         let mut range = self.place.event_times;
@@ -361,7 +362,11 @@ impl Core {
                 self.quarantined.push(Quarantined { partition, offset, row, id });
                 continue;
             }
-            if item.positive { counts.positives += 1 } else { counts.negatives += 1 }
+            if item.positive {
+                counts.positives += 1
+            } else {
+                counts.negatives += 1
+            }
             self.place.examples += 1;
             let (first, last) = range.unwrap_or((item.event_time, item.event_time));
             range = Some((first.min(item.event_time), last.max(item.event_time)));

@@ -136,11 +136,7 @@ pub fn read_segment(arrays: &Arrays) -> codec::Result<Arc<Segment>> {
 }
 
 /// Reads what [`arrays`] wrote: the state to restore, the model's and the metrics' state.
-pub fn read(
-    head: &Head,
-    arrays: &Arrays,
-    seen: Vec<Arc<Segment>>,
-) -> codec::Result<(Restored, State, Vec<u64>)> {
+pub fn read(head: &Head, arrays: &Arrays, seen: Vec<Arc<Segment>>) -> codec::Result<(Restored, State, Vec<u64>)> {
     let z = arrays.get("model.z").map(|_| arrays.f32s("model.z")).transpose()?;
     let rows = Rows {
         ids: arrays.u64s("model.ids")?,
