@@ -39,7 +39,7 @@ const REQUIRED: &[&str] = &[
 /// Leaves only the required keys, in the tables that are there.
 fn strip(table: &mut Table, at: &str) {
     table.retain(|key, value| {
-        let path = if at.is_empty() { key.clone() } else { format!("{at}.{key}") };
+        let path = if at.is_empty() { key.to_string() } else { format!("{at}.{key}") };
         match value {
             Value::Table(inner) => strip(inner, &path),
             Value::Array(items) if items.iter().all(Value::is_table) => {
