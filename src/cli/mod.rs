@@ -13,7 +13,7 @@ use clap::{Parser, Subcommand};
 
 /// Trains a click-through model from streams of impressions and clicks, moments after they happen.
 #[derive(Parser, Debug)]
-#[command(version, about, propagate_version = true, max_term_width = 110)]
+#[command(version, about, max_term_width = 110)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
