@@ -22,6 +22,7 @@ use crate::merge::{Merge, ReadCounts, WaitReason};
 use crate::model::logistic::Logistic;
 use crate::position::NextOffset;
 use crate::source::decode::Decoder;
+use crate::source::file;
 use crate::source::{self, Arrival, Decode, NewDecoder, Partition, Recycler, Sources};
 use crate::telemetry;
 use crate::train::checkpoint::{self, Checkpoints};
@@ -156,7 +157,49 @@ pub struct Tick {
 struct Input {
     partitions: Vec<Partition>,
     recycler: Recycler,
-    _sources: Sources,
+    sources: Sources,
+    streams: Vec<(Stream, file::Settings, NewDecoder)>,
+    follow: bool,
+    /// When the patterns were last looked at for new files.
+    looked: Instant,
+}
+
+impl Input {
+    /// A file for every path that a stream's patterns match now.
+    fn specs(&self) -> Result<Vec<source::Spec>, Error> {
+        specs(&self.streams, self.follow)
+    }
+
+    /// Following: a file that has appeared under a pattern is a new partition, awaited from first sight.
+    fn discover(&mut self, core: &mut Core) -> Result<(), Error> {
+        if !self.follow || self.looked.elapsed() < LOOK {
+            return Ok(());
+        }
+        self.looked = Instant::now();
+        for spec in self.specs()? {
+            let name = file::name_of(&spec.path);
+            if self.partitions.iter().any(|p| p.stream == spec.stream && p.name == name) {
+                continue;
+            }
+            tracing::info!(stream = spec.stream.name(), name, "a new partition");
+            let stream = spec.stream;
+            self.partitions.push(self.sources.add(spec)?);
+            core.merge_mut().add_partition(&name, stream);
+        }
+        Ok(())
+    }
+}
+
+/// How often followed patterns are looked at for new files.
+const LOOK: Duration = Duration::from_secs(1);
+
+fn specs(streams: &[(Stream, file::Settings, NewDecoder)], follow: bool) -> Result<Vec<source::Spec>, Error> {
+    let mut all = Vec::new();
+    for (stream, settings, decoder) in streams {
+        let files = settings.check(&format!("{}.source", stream.name()))?;
+        all.extend(files.specs(*stream, follow, decoder, |_| NextOffset::default()));
+    }
+    Ok(all)
 }
 
 /// Adapts the decoder to the source's seam.
@@ -419,36 +462,35 @@ fn open_input(
 ) -> Result<Input, Error> {
     let follow = options.until == Until::Stopped || options.follow;
     let config = &checked.config;
-    let from = |stream| {
-        move |name: &str| {
-            let found = known.iter().find(|(known, of, _)| known == name && *of == stream);
-            found.map_or_else(NextOffset::default, |(.., from)| *from)
-        }
-    };
-    let impressions = decoder(checked, Stream::Impressions, options.predictions.is_some())?;
-    let files = config.impressions.source.check("impressions.source")?;
-    let mut specs = files.specs(Stream::Impressions, follow, &impressions, from(Stream::Impressions));
+    let keep_ids = options.predictions.is_some();
+    let mut streams = vec![(
+        Stream::Impressions,
+        config.impressions.source.clone(),
+        decoder(checked, Stream::Impressions, keep_ids)?,
+    )];
     if let Some(clicks) = &config.clicks {
-        let decoder = decoder(checked, Stream::Clicks, false)?;
-        let files = clicks.source.check("clicks.source")?;
-        specs.extend(files.specs(Stream::Clicks, follow, &decoder, from(Stream::Clicks)));
+        streams.push((Stream::Clicks, clicks.source.clone(), decoder(checked, Stream::Clicks, false)?));
     }
+    let mut specs = specs(&streams, follow)?;
     // Partitions keep their numbers: the checkpoint's first, in its order.
     let place = |spec: &source::Spec| {
-        let name = source::file::name_of(&spec.path);
+        let name = file::name_of(&spec.path);
         known.iter().position(|(known, stream, _)| *known == name && *stream == spec.stream)
     };
+    for spec in &mut specs {
+        spec.from = place(spec).map_or_else(NextOffset::default, |at| known[at].2);
+    }
     for (name, stream, _) in known {
-        if !specs.iter().any(|spec| spec.stream == *stream && source::file::name_of(&spec.path) == *name) {
+        if !specs.iter().any(|spec| spec.stream == *stream && file::name_of(&spec.path) == *name) {
             return Err(Error::PartitionGone { name: name.clone(), stream: stream.name() });
         }
     }
     specs.sort_by_key(|spec| place(spec).unwrap_or(usize::MAX));
     for spec in specs.iter().skip(known.len()) {
-        core.merge_mut().add_partition(&source::file::name_of(&spec.path), spec.stream);
+        core.merge_mut().add_partition(&file::name_of(&spec.path), spec.stream);
     }
     let (sources, partitions, recycler) = Sources::open(specs, checked.decode_threads())?;
-    Ok(Input { partitions, recycler, _sources: sources })
+    Ok(Input { partitions, recycler, sources, streams, follow, looked: Instant::now() })
 }
 
 /// How long the merge waits for the partition it needs before it looks around.
@@ -456,6 +498,7 @@ const PATIENCE: Duration = Duration::from_millis(20);
 
 /// Reads what the merge needs: waits for one partition, and looks at those that are not awaited.
 fn pump(core: &mut Core, input: &mut Input, on: Option<usize>, dead: &mut DeadLetters) -> Result<(), Error> {
+    input.discover(core)?;
     let mut moved = false;
     for partition in 0..input.partitions.len() {
         while core.merge().wants(partition) {
