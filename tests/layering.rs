@@ -58,7 +58,6 @@ const FOREIGN: &[(&str, &[&str])] = &[
     ("object_store", &["src/snapshot/"]),
     ("safetensors", &["src/snapshot/codec.rs"]),
     ("futures", &["src/snapshot/store.rs"]),
-    ("sonic_rs", &["src/feature/schema.rs"]), // floats of a stored schema come back exactly
     ("flate2", &["src/source/file.rs", "src/cli/generate.rs"]),
     ("zstd", &["src/source/file.rs", "src/cli/generate.rs"]),
     ("clap", &["src/cli/"]),
