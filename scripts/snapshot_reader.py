@@ -1,0 +1,242 @@
+#!/usr/bin/env python3
+"""Serves from a Tidemill snapshot without Tidemill: the worked example of docs/snapshot-format.md.
+
+Needs numpy and safetensors for the weights, and xxhash for the digests and for the encoding of records, which is that
+of docs/encoding.md, done by tidemill_encoding.py beside this file.
+
+    python scripts/snapshot_reader.py STORE impressions.jsonl.gz > scores.csv
+
+writes `id,logit,prediction` like `tidemill score`. Records that cannot be scored are reported on stderr, and the exit
+code is 1. (Only id and features are looked at: a record that a trainer would reject for its time is scored.) In a
+program:
+
+    snapshot = Snapshot.load("snapshots/obd", "live")  # Refused says why it must not be served: go on with the old one
+    logit, prediction = snapshot.score({"item_id": "men:2", ...})
+"""
+
+import argparse
+import csv
+import gzip
+import json
+import math
+import pathlib
+import re
+import sys
+import tomllib
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import xxhash
+from tidemill_encoding import Mismatch, Schema, canonical_text, lookup, parse_path
+
+TOLERANCE = 1e-5
+PAYLOAD = {
+    "logistic.ids": "uint64",
+    "logistic.weights": "float32",
+    "logistic.intercept": "float32",
+    "logistic.default_rows": "uint64",
+}
+
+
+class Refused(Exception):
+    """Why a version must not be served."""
+
+
+def require(holds, key, reason):
+    if not holds:
+        raise Refused(f"`{key}` {reason}")
+
+
+def read(store, key):
+    try:
+        return (pathlib.Path(store) / key).read_bytes()
+    except FileNotFoundError:
+        raise Refused(f"`{key}` is not in `{store}`; was it removed by retention?") from None
+
+
+def read_sealed(store, key, format):
+    """A JSON document whose last 45 bytes are `,"check":"<digest of all bytes before>"}` and a line end."""
+    data = read(store, key)
+    check = re.fullmatch(rb',"check":"([0-9a-f]{32})"\}\n', data[-45:])
+    require(check, key, "does not end with its check; it was cut short or not written by tidemill")
+    found = xxhash.xxh3_128_hexdigest(data[:-45])
+    require(found == check[1].decode(), key, "does not have the digest that its check says; at least one byte differs")
+    document = json.loads(data)
+    require(document["format"] == format, key, f"has format `{document['format']}`, this reader knows `{format}`")
+    return document
+
+
+def current_version(store, channel):
+    """The version that a channel says to serve: that of its highest entry. Files with other names are not entries."""
+    folder = pathlib.Path(store) / "channels" / channel
+    numbers = [int(path.stem) for path in folder.glob("*.json") if re.fullmatch("[0-9]{12}", path.stem)]
+    require(numbers, f"channels/{channel}", f"has no entry in `{store}`")
+    key = f"channels/{channel}/{max(numbers):012}.json"
+    entry = read_sealed(store, key, "tidemill-channel/1")
+    in_place = (entry["channel"], entry["number"]) == (channel, max(numbers))
+    require(in_place, key, f"is entry {entry['number']} of `{entry['channel']}`: the file was moved")
+    require(entry["version"] is not None, key, "names no version; nothing has been published yet")
+    return entry["version"]
+
+
+def read_payload(store, key, length, digest):
+    """The arrays of a payload by name, as numpy arrays."""
+    data = read(store, key)
+    require(len(data) == length, key, f"has {len(data)} bytes, the manifest says {length}")
+    found = xxhash.xxh3_128_hexdigest(data)
+    require(found == digest, key, f"has digest {found}, the manifest says {digest}: at least one byte differs")
+    try:
+        arrays = safetensors.numpy.load(data)
+    except safetensors.SafetensorError as error:
+        raise Refused(f"`{key}` is not a safetensors file: {error}") from error
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # has the metadata, which `load` leaves out
+    made_for = header.get("__metadata__", {}).get("tidemill")
+    require(made_for == "snapshot/1", key, f"was made for `{made_for}`, expected `snapshot/1`")
+    types = {name: str(array.dtype) for name, array in arrays.items()}
+    require(types == PAYLOAD, key, f"holds {types}, a logistic model is {PAYLOAD}")
+    return arrays
+
+
+class Snapshot:
+    """One version, checked. Made by `load`."""
+
+    @classmethod
+    def load(cls, store, channel="live", version=None, schema_hash=None):
+        """Loads `version`, or what `channel` names. Records encoded elsewhere fit only one schema: give its hash."""
+        self = cls()
+        version = current_version(store, channel) if version is None else version
+        key = f"manifests/{version:012}.json"
+        self.manifest = manifest = read_sealed(store, key, "tidemill-manifest/1")
+        require(manifest["version"] == version, key, f"is of version {manifest['version']}: the file was moved")
+        require(manifest["kind"] == "full", key, f"is of kind `{manifest['kind']}`, this reader knows `full`")
+        model = manifest["model"]
+        require(model["kind"] == "logistic", key, f"has a `{model['kind']}` model, this reader knows `logistic`")
+        fits = schema_hash in (None, model["schema_hash"])
+        require(fits, key, f"has schema {model['schema_hash']}, records are encoded by {schema_hash}")
+        encoding = model["schema"]["encoding"]
+        require(encoding == 1, key, f"has encoding {encoding}, this reader knows 1")
+        self.schema = Schema(model["schema"])
+
+        objects = manifest["objects"]
+        require(len(objects) == 1, key, f"has {len(objects)} objects, a logistic model has one")
+        payload, length, digest = objects[0]["name"], objects[0]["length"], objects[0]["digest"]
+        require(payload == f"objects/{digest}.safetensors", key, f"names `{payload}`, which does not fit its digest")
+        arrays = read_payload(store, payload, length, digest)
+        self.ids, self.weights, intercept, default_rows = (arrays[name] for name in PAYLOAD)
+        features = len(self.schema.features) + len(self.schema.crosses)
+        shapes = [array.shape for array in (self.ids, self.weights, intercept, default_rows)]
+        expected = [(manifest["rows"],), (manifest["rows"],), (1,), (features,)]
+        require(shapes == expected, payload, f"has shapes {shapes}, expected {expected}")
+        ascend = np.all(self.ids[:-1] < self.ids[1:]) and 0 not in self.ids[:1]
+        require(ascend, payload, "has ids that are not strictly ascending, or 0")
+        finite = np.isfinite(self.weights).all() and np.isfinite(intercept).all()
+        require(finite, payload, "has weights that are not finite")
+        same = default_rows.tolist() == [self.schema.default_row(i) for i in range(features)]
+        require(same, payload, "has other default rows than its schema: this reader hashes differently")
+
+        self.intercept = intercept[0]
+        self.defaults = np.zeros(features, np.float32)
+        own, known = self.find(default_rows)
+        self.defaults[known] = own[known]
+        for at, golden in enumerate(manifest["golden"]):
+            slots = [(slot["feature"], int(slot["row"], 16), slot["value"]) for slot in golden["slots"]]
+            within = all(feature < features for feature, _, _ in slots)
+            require(within, key, f"golden vector {at} has a feature that is not in the schema")
+            logit, expected = self.logit(slots), golden["logit"]
+            close = abs(logit - expected) <= TOLERANCE * max(1, abs(expected))  # false for NaN
+            require(close, key, f"golden vector {at} gives a logit of {logit}, expected {expected}")
+        return self
+
+    def find(self, rows):
+        """Of each row: its weight, and whether it has one."""
+        at = np.searchsorted(self.ids, rows)
+        known = at < len(self.ids)
+        known[known] = self.ids[at[known]] == rows[known]
+        weights = np.zeros(len(rows), np.float32)
+        weights[known] = self.weights[at[known]]
+        return weights, known
+
+    def logit(self, slots):
+        """Logit (f32) of slots `(feature, row, value, ..)`. A row not in the table counts as its default row."""
+        features, rows, values = zip(*(slot[:3] for slot in slots))
+        own, known = self.find(np.array(rows, np.uint64))
+        weights = np.where(known, own, self.defaults[list(features)])
+        total = np.float32(0)
+        for product in weights * np.array(values, np.float32):  # np.sum would add in another order
+            total += product
+        return total + self.intercept
+
+    def score(self, record, element=None, as_logged=False):
+        """Logit and probability of a record (a dict), or of one element of its exploded array."""
+        logit = self.logit(self.schema.encode(record, element, at_serving=not as_logged))
+        with np.errstate(over="ignore"):  # exp may be infinite: then it is 0
+            return logit, 1 / (1 + np.exp(-np.float64(logit)))
+
+
+def number_of(text):
+    """Tidemill rejects a record with a number that is no finite double."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise Mismatch(f"{text} is not a finite number")
+    return number
+
+
+def scores_of(snapshot, line, settings, as_logged):
+    """`(id, logit, prediction)` of each impression in a line; several if the config explodes an array of it."""
+    record = json.loads(line, parse_float=number_of, parse_constant=number_of)
+    if not isinstance(record, dict):
+        raise Mismatch("is not an object")
+    elements = lookup(record, parse_path(settings["explode"])[1]) if "explode" in settings else [None]
+    if not isinstance(elements, list) or not elements:
+        raise Mismatch(f"`{settings['explode']}` needs an array with elements")
+    paths = settings.get("id", "id")
+    scores = []
+    for element in elements:
+        parts = []
+        for of_element, path in map(parse_path, [paths] if isinstance(paths, str) else paths):
+            part = lookup(element if of_element else record, path)
+            if part in (None, "") or isinstance(part, (dict, list)):
+                raise Mismatch(f"has no id at `{'.'.join(path)}`")
+            parts.append(canonical_text(part))
+        scores.append(("\x1f".join(parts), *snapshot.score(record, element, as_logged)))
+    return scores
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("store", help="snapshot store: a directory")
+    parser.add_argument("file", help="JSON lines to score, plain or .gz")
+    parser.add_argument("--channel", default="live", help="channel whose current version scores (default: live)")
+    parser.add_argument("--version", type=int, metavar="N", help="score with this version instead")
+    parser.add_argument("--as-logged", action="store_true", help="keep presentation features as they were logged")
+    parser.add_argument("--config", help="configuration whose [impressions.record] says where ids are (default: `id`)")
+    args = parser.parse_args()
+    try:
+        snapshot = Snapshot.load(args.store, args.channel, args.version)
+    except Refused as error:
+        sys.exit(f"refused: {error}")
+    config = tomllib.loads(pathlib.Path(args.config).read_text()) if args.config else {}
+    settings = config.get("impressions", {}).get("record", {})
+
+    out = csv.writer(sys.stdout, lineterminator="\n")
+    out.writerow(["id", "logit", "prediction"])
+    shortest = lambda number: np.format_float_positional(number, trim="-")
+    rejected = 0
+    with (gzip.open if args.file.endswith(".gz") else open)(args.file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                scores = scores_of(snapshot, line, settings, args.as_logged)
+            except (ValueError, OverflowError) as error:
+                rejected += 1
+                print(f"`{args.file}` line {number}: {error}", file=sys.stderr)
+                continue
+            out.writerows((id, shortest(logit), shortest(prediction)) for id, logit, prediction in scores)
+    if rejected:
+        sys.exit(f"{rejected} records could not be scored")
+
+
+if __name__ == "__main__":
+    main()

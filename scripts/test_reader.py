@@ -1,0 +1,387 @@
+#!/usr/bin/env python3
+"""Tests of scripts/snapshot_reader.py: it gives the scores of `tidemill score`, and refuses what must not be served.
+
+Trains by the binary that `cargo build` made (or $TIDEMILL), on Open Bandit and on slates with every kind of feature.
+"""
+
+import csv
+import gzip
+import io
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+
+import numpy as np
+import safetensors.numpy
+import xxhash
+from snapshot_reader import Refused, Snapshot
+from tidemill_encoding import ryu_text
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+BINARY = os.environ.get("TIDEMILL", ROOT / "target/debug/tidemill")
+IMPRESSIONS = ROOT / "tests/data/obd/impressions.jsonl.gz"
+SCRATCH = pathlib.Path(tempfile.mkdtemp(prefix="tidemill-reader-"))
+CHECK = 45
+
+SLATES = """
+[job]
+name = "slates"
+[impressions.source]
+kind = "file"
+paths = ["slates.jsonl"]
+[impressions.record]
+id = ["req", ".pos"]
+explode = "items"
+[clicks.source]
+kind = "file"
+paths = ["clicks.jsonl"]
+[clicks.record]
+id = ["req", "pos"]
+[join]
+window = "1h"
+[checkpoint]
+dir = "checkpoints"
+[snapshots]
+store = "snapshots"
+[[features]]
+name = "user"
+[[features]]
+name = "item"
+from = ".id"
+[[features]]
+name = "position"
+from = ".pos"
+role = "presentation"
+at_serving = 1
+[[features]]
+name = "price"
+from = ".price"
+kind = "numeric"
+as = "value"
+clip = [0, 1e6]
+scale = 1e-5
+log = true
+[[features]]
+name = "age"
+kind = "numeric"
+as = "bins"
+bins = [18, 30.5, 65]
+[[features]]
+name = "rate"
+kind = "numeric"
+per_octave = 4
+[[features]]
+name = "tags"
+from = ".tags"
+kind = "multi"
+max_len = 3
+[[features]]
+name = "history"
+kind = "sequence"
+max_len = 2
+[[crosses]]
+of = ["user", "item"]
+[[crosses]]
+of = ["tags", "history", "price"]
+name = "größe"
+max = 5
+"""
+
+
+def tidemill(*args, cwd=ROOT, code=0):
+    done = subprocess.run([BINARY, *map(str, args)], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == code, f"`tidemill {' '.join(map(str, args))}`: {done.returncode}\n{done.stderr}"
+    return done.stdout
+
+
+def reader(*args, code=0):
+    command = [sys.executable, ROOT / "scripts/snapshot_reader.py", *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == code, f"the reader with {args}: {done.returncode}\n{done.stderr}"
+    return done.stdout, done.stderr
+
+
+def train_obd():
+    home = SCRATCH / "obd"
+    home.mkdir()
+    places = {"checkpoint.dir": home / "checkpoints", "snapshots.store": home / "snapshots"}
+    sets = [part for key, path in places.items() for part in ("--set", f"{key}={json.dumps(str(path))}")]
+    tidemill("train", "-c", ROOT / "configs/obd.toml", "--until-end", *sets)
+    return home / "snapshots"
+
+
+def train_slates():
+    """Slates with ids of two fields, missing values, texts that CSV and JSON escape, and all kinds of features."""
+    home = SCRATCH / "slates"
+    home.mkdir()
+    (home / "slates.toml").write_text(SLATES)
+    chance = random.Random(3)
+    names = ['a"b', "x,y", "Zürich", "\U0001f30a", "line\nend", 7, 7.5, True, None, 1e20, -1e-7]
+    slates, clicks = [], []
+    for i in range(800):
+        time, req = 1_700_000_000_000 + i * 1000, f"r{i}" if i % 3 else i
+        history = [chance.choice(names) for _ in range(chance.randrange(4))]
+        items = []
+        for pos in range(3):
+            tags = chance.choice([None, [], "one", ["a", None, 5, 5.0], {"12": 3, "7": 0, "40": -1.5, "41": 1e7}])
+            price = chance.choice([None, 0, 3, -9, 49.9, 1e12, True])
+            items.append({"id": chance.choice(names), "pos": pos, "price": price, "tags": tags})
+            if chance.random() < 0.3:
+                clicks.append({"req": req, "pos": pos, "ts": time + 500})
+        user = {"user": chance.choice(names), "age": chance.choice([5, 18, 30.5, 70, None]), "rate": chance.gauss(0, 4)}
+        slates.append({"req": req, "ts": time, **user, "history": history, "items": items})
+    write = lambda name, records: (home / name).write_text("".join(json.dumps(r) + "\n" for r in records))
+    write("slates.jsonl", slates)
+    write("clicks.jsonl", clicks)
+    tidemill("train", "-c", "slates.toml", "--until-end", cwd=home)
+    return home / "snapshots"
+
+
+class Store:
+    """A copy of a trained store, to be spoiled."""
+
+    def __init__(self, original):
+        self.dir = pathlib.Path(tempfile.mkdtemp(dir=SCRATCH)) / "store"
+        shutil.copytree(original, self.dir)
+        self.entry = max((self.dir / "channels/live").glob("*.json"))
+        self.manifest = max((self.dir / "manifests").glob("*.json"))
+        self.payload = self.dir / json.loads(self.manifest.read_text())["objects"][0]["name"]
+
+    def load(self):
+        return Snapshot.load(self.dir)
+
+    def reseal(self, path, change):
+        """Changes a document as somebody would who keeps to the format."""
+        document = json.loads(path.read_bytes()[:-CHECK] + b"}")
+        change(document)
+        body = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()[:-1]
+        path.write_bytes(body + b',"check":"' + xxhash.xxh3_128_hexdigest(body).encode() + b'"}\n')
+
+    def republish(self, change, metadata="snapshot/1"):
+        """Changes the arrays; length, digest and name are right again."""
+        arrays = {name: array.copy() for name, array in safetensors.numpy.load_file(self.payload).items()}
+        change(arrays)
+        data = safetensors.numpy.save(arrays, {"tidemill": metadata})
+        digest = xxhash.xxh3_128_hexdigest(data)
+        name = f"objects/{digest}.safetensors"
+        (self.dir / name).write_bytes(data)
+        objects = [{"name": name, "length": len(data), "digest": digest}]
+        self.reseal(self.manifest, lambda manifest: manifest.update(objects=objects))
+
+
+class Reader(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.obd = train_obd()
+        cls.slates = train_slates()
+
+    def compare(self, what, ours, theirs, records, logit_tolerance=0):
+        """Predictions must agree within 1e-6; the logits of equal slots to the last bit."""
+        (head, *ours), (their_head, *theirs) = csv.reader(io.StringIO(ours)), csv.reader(io.StringIO(theirs))
+        self.assertEqual((head, len(ours)), (their_head, records))
+        self.assertEqual([row[0] for row in ours], [row[0] for row in theirs])
+        our, their = (np.array([(np.float32(row[1]), row[2]) for row in rows], np.float64) for rows in (ours, theirs))
+        logits, predictions = np.abs(our - their).max(axis=0)
+        print(f"{what}: {len(ours)} records, max |difference| of predictions {predictions:.3g}, of logits {logits:.3g}")
+        self.assertLessEqual(predictions, 1e-6)
+        self.assertLessEqual(logits, logit_tolerance)
+        self.assertGreater(np.ptp(our[:, 1]), 1e-5, "predictions that are all alike compare nothing")
+        return our
+
+    def test_the_scores_of_open_bandit_are_those_of_tidemill_score(self):
+        made = []
+        for flags in [], ["--as-logged"]:
+            theirs = tidemill("score", "--store", self.obd, IMPRESSIONS, *flags)
+            what = f"open bandit, {'as logged' if flags else 'at serving'}"
+            made.append(self.compare(what, reader(self.obd, IMPRESSIONS, *flags)[0], theirs, 40_000))
+        self.assertGreater(np.abs(made[0] - made[1]).max(), 1e-3, "position and policy must matter")
+
+    def test_the_scores_of_slates_are_those_of_tidemill_score_and_the_same_lines_are_rejected(self):
+        home = self.slates.parent
+        item = '{"id": 1, "pos": 1}'
+        bad = [
+            "{",
+            "[]",
+            '{"req": "no slate", "ts": 1700000000000}',
+            '{"req": "empty", "ts": 1700000000000, "items": []}',
+            '{"ts": 1700000000000, "items": [%s]}' % item,
+            '{"req": "number", "ts": 1700000000000, "age": "old", "items": [%s]}' % item,
+            '{"req": "half", "ts": 1700000000000, "items": [%s, {"id": [1], "pos": 2}]}' % item,
+            '{"req": "infinite", "ts": 1700000000000, "age": 1e999, "items": [%s]}' % item,
+        ]
+        lines = (home / "slates.jsonl").read_text().splitlines()
+        (home / "some_bad.jsonl").write_text("\n".join([*lines[:100], *bad, "", *lines[100:]]) + "\n")
+        for flags in [], ["--as-logged"]:
+            args = [home / "some_bad.jsonl", "--config", home / "slates.toml", *flags]
+            theirs = tidemill("score", "--store", self.slates, *args, code=1)
+            ours, errors = reader(self.slates, *args, code=1)
+            # The schema takes logarithms, which may differ in the last bit.
+            self.compare(f"slates, {'as logged' if flags else 'at serving'}", ours, theirs, 2400, 1e-5)
+            numbers = [int(line) for line in re.findall("line ([0-9]+):", errors)]
+            self.assertEqual(numbers, list(range(101, 101 + len(bad))), errors)
+
+    def test_every_golden_vector_is_reproduced(self):
+        for store in self.obd, self.slates:
+            snapshot = Snapshot.load(store)
+            worst, golden = 0, snapshot.manifest["golden"]
+            for example in golden:
+                slots = [(s["feature"], int(s["row"], 16), s["value"]) for s in example["slots"]]
+                worst = max(worst, abs(snapshot.logit(slots) - np.float32(example["logit"])))
+            print(f"{store.parent.name}: {len(golden)} golden vectors, max |difference| of logits {worst:.3g}")
+            self.assertGreater(len(golden), 1)
+            self.assertLessEqual(worst, 1e-5)
+
+    def test_a_version_may_be_asked_for_and_other_files_are_no_entries(self):
+        store = Store(self.obd)
+        newest = int(store.manifest.stem)
+        self.assertEqual(Snapshot.load(store.dir).manifest["version"], newest)
+        self.assertEqual(Snapshot.load(store.dir, version=1).manifest["version"], 1)
+        args = [IMPRESSIONS, "--version"]
+        theirs = tidemill("score", "--store", store.dir, IMPRESSIONS, "--version-number", 1)
+        self.compare("open bandit, version 1", reader(store.dir, *args, 1)[0], theirs, 40_000)
+        for other in "000000000099.json#1", "notes.json", "99.json":
+            (store.entry.parent / other).write_text("{")
+        self.assertEqual(store.load().manifest["version"], newest)
+        _, errors = reader(store.dir, *args, 77, code=1)
+        self.assertIn("refused: `manifests/000000000077.json` is not in", errors)
+        self.assertRaisesRegex(Refused, "channels/test", Snapshot.load, store.dir, "test")
+
+    def test_the_schema_hash_is_that_of_its_canonical_text(self):
+        order = "name from kind tower role at_serving clip scale as per_octave bins log max_len of max".split()
+        cross_order = "of name max".split()
+
+        def text(v):
+            if isinstance(v, float):
+                return ryu_text(v)
+            if isinstance(v, list):
+                return f"[{','.join(map(text, v))}]"
+            if isinstance(v, dict):
+                keys = cross_order if "of" in v else order if "name" in v else ["encoding", "features", "crosses"]
+                assert set(v) <= set(keys), v
+                return "{" + ",".join(f'"{key}":{text(v[key])}' for key in keys if key in v) + "}"
+            return json.dumps(v, ensure_ascii=False)
+
+        for store in self.obd, self.slates:
+            model = Snapshot.load(store).manifest["model"]
+            self.assertEqual(xxhash.xxh3_64_hexdigest(text(model["schema"]).encode()), model["schema_hash"])
+            Snapshot.load(store, schema_hash=model["schema_hash"])
+            self.assertRaisesRegex(Refused, "records are encoded by", Snapshot.load, store, schema_hash="0" * 16)
+
+    def test_a_flipped_byte_anywhere_is_refused(self):
+        store = Store(self.obd)
+        for path in store.payload, store.manifest, store.entry:
+            good = path.read_bytes()
+            places = [0, len(good) - CHECK, len(good) - 1, *random.Random(1).choices(range(len(good)), k=50)]
+            for at in places:
+                path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+                with self.assertRaises(Refused, msg=f"{path.name}, byte {at}") as refused:
+                    store.load()
+                self.assertIn(path.name, str(refused.exception))
+            path.write_bytes(good)
+            store.load()
+
+    def test_a_truncated_file_is_refused(self):
+        store = Store(self.obd)
+        for path in store.payload, store.manifest, store.entry:
+            good = path.read_bytes()
+            for length in 0, 7, len(good) // 2, len(good) - 1:
+                path.write_bytes(good[:length])
+                with self.assertRaises(Refused, msg=f"{path.name}, {length} bytes") as refused:
+                    store.load()
+                self.assertIn(path.name, str(refused.exception))
+            path.write_bytes(good)
+        store.payload.unlink()
+        self.assertRaisesRegex(Refused, "is not in", store.load)
+
+    def test_a_well_formed_payload_that_is_no_servable_model_is_refused(self):
+        def put(name, at, value):
+            return lambda arrays: arrays[f"logistic.{name}"].__setitem__(at, value)
+
+        def replace(name, make):
+            return lambda arrays: arrays.update({f"logistic.{name}": make(arrays[f"logistic.{name}"])})
+
+        cases = [
+            (put("ids", 0, 0), "ids"),
+            (replace("ids", lambda ids: ids[::-1].copy()), "strictly ascending"),
+            (replace("ids", lambda ids: np.repeat(ids[::2], 2)[: len(ids)]), "strictly ascending"),
+            (replace("ids", lambda ids: ids.astype(np.int64)), "int64"),
+            (replace("ids", lambda ids: ids[1:]), "shapes"),
+            (replace("weights", lambda weights: weights.reshape(-1, 1)), "shapes"),
+            (replace("weights", lambda weights: weights.astype(np.float64)), "float64"),
+            (put("weights", 5, np.nan), "finite"),
+            (put("intercept", 0, np.inf), "finite"),
+            (put("default_rows", 0, 5), "default rows"),
+            (lambda arrays: arrays.update(extra=np.zeros(1)), "extra"),
+            (lambda arrays: arrays.pop("logistic.weights"), "holds"),
+            (replace("weights", lambda weights: weights + np.float32(1e-3)), "golden vector 0"),
+        ]
+        for change, reason in cases:
+            store = Store(self.obd)
+            store.republish(change)
+            with self.assertRaisesRegex(Refused, reason):
+                store.load()
+        store = Store(self.obd)
+        store.republish(lambda arrays: None, "checkpoint/1")
+        self.assertRaisesRegex(Refused, "checkpoint/1", store.load)
+        store.republish(lambda arrays: None)
+        store.load()
+
+    def test_a_well_formed_document_that_says_something_else_is_refused(self):
+        def model(**members):
+            return lambda manifest: manifest["model"].update(members)
+
+        manifests = [
+            (lambda m: m.update(format="tidemill-manifest/2"), "tidemill-manifest/2"),
+            (lambda m: m.update(version=1000), "moved"),
+            (lambda m: m.update(kind="delta"), "delta"),
+            (lambda m: m.update(rows=m["rows"] + 1), "shapes"),
+            (lambda m: m.update(objects=m["objects"] * 2), "2 objects"),
+            (lambda m: m["objects"][0].update(name="objects/other.safetensors"), "does not fit its digest"),
+            (lambda m: m["objects"][0].update(length=1), "the manifest says 1"),
+            (lambda m: m["golden"][1].update(logit=m["golden"][1]["logit"] + 1e-3), "golden vector 1"),
+            (lambda m: m["golden"][1]["slots"][0].update(feature=1000), "not in the schema"),
+            (model(kind="two_tower"), "two_tower"),
+            (lambda m: m["model"]["schema"].update(encoding=2), "encoding 2"),
+            (lambda m: m["model"]["schema"]["features"][0].update(name="other"), "default rows"),
+        ]
+        entries = [
+            (lambda e: e.update(format="tidemill-channel/2"), "tidemill-channel/2"),
+            (lambda e: e.update(number=1000), "moved"),
+            (lambda e: e.update(channel="test"), "moved"),
+            (lambda e: e.update(version=None), "nothing has been published"),
+            (lambda e: e.update(version=1000), "retention"),
+        ]
+        for name, cases in ("manifest", manifests), ("entry", entries):
+            for change, reason in cases:
+                store = Store(self.obd)
+                store.reseal(getattr(store, name), lambda document: None)
+                store.load()
+                store.reseal(getattr(store, name), change)
+                with self.assertRaisesRegex(Refused, reason):
+                    store.load()
+
+    def test_the_example_in_the_document_runs(self):
+        page = (ROOT / "docs/snapshot-format.md").read_text()
+        [example] = re.findall("```python\n(.*?)```", page, re.S)
+        for store in self.obd, self.slates:
+            code = example + "assert len(manifest['golden']) > 1\n"
+            done = subprocess.run([sys.executable, "-c", code], cwd=store.parent, capture_output=True, text=True)
+            self.assertEqual(done.returncode, 0, done.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        result = unittest.main(exit=False, verbosity=2).result
+    finally:
+        shutil.rmtree(SCRATCH)
+    failed = len(result.failures) + len(result.errors)
+    sys.stderr.flush()
+    print(f"{result.testsRun - failed} passed, {failed} failed")
+    sys.exit(failed > 0)
