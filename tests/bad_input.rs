@@ -113,6 +113,47 @@ fn a_rewritten_file_is_refused_and_the_old_content_goes_on() {
 }
 
 #[test]
+fn a_rewritten_file_is_refused_also_where_reading_goes_on_in_its_first_chunk() {
+    // So short that the whole file is one chunk: it is read again from its start, where no record stands before.
+    let input = generate(&["-n", "600", "--rate", "5"]);
+    let dir = input.path().join("in");
+    let victim = dir.join("impressions-000.jsonl");
+    let content = std::fs::read_to_string(&victim).unwrap();
+    for (from, to) in
+        [("\"user\":{\"id\":\"u", "\"user\":{\"id\":\"w"), ("\"user\":{\"id\":\"u", "\"user\":{\"id\":\"longer")]
+    {
+        let job = Job::over(&dir);
+        job.train(&["--until", "2026-01-01T00:01:00Z"]);
+        std::fs::write(&victim, content.replace(from, to)).unwrap();
+        contains(&job.fails(&["--until-end"]), &["impressions-000.jsonl", "is not the log that was read before"]);
+        std::fs::write(&victim, &content[..content.len() / 9]).unwrap();
+        contains(&job.fails(&["--until-end"]), &["impressions-000.jsonl", "is not the"]);
+        std::fs::write(&victim, &content).unwrap();
+        assert_eq!(job.train(&["--until-end"])["resumed"], true);
+    }
+}
+
+#[test]
+fn a_file_that_was_trained_to_its_end_may_go_and_one_that_was_not_is_missed() {
+    let input = generate(STREAM);
+    let dir = input.path().join("in");
+    // A first pair of files that ends long before the others begin to matter.
+    let old = generate(&["-n", "900", "--start", "2025-12-31T23:00:00Z"]);
+    for stream in ["impressions", "clicks"] {
+        std::fs::copy(old.path().join(format!("in/{stream}-000.jsonl")), dir.join(format!("{stream}-old.jsonl")))
+            .unwrap();
+    }
+    let job = Job::over(&dir);
+    job.train(&["--until", "2026-01-01T00:01:00Z"]);
+    std::fs::remove_file(dir.join("impressions-old.jsonl")).unwrap();
+    std::fs::remove_file(dir.join("clicks-old.jsonl")).unwrap();
+    let gone = job.train(&["--until", "2026-01-01T00:02:00Z"]);
+    assert_eq!(gone["resumed"], true);
+    std::fs::remove_file(dir.join("impressions-001.jsonl")).unwrap();
+    contains(&job.fails(&["--until-end"]), &["impressions-001.jsonl", "further than it has trained", "bring it back"]);
+}
+
+#[test]
 fn a_checkpoint_under_other_order_settings_is_refused_and_each_setting_is_named() {
     let input = generate(STREAM);
     let job = Job::over(&input.path().join("in"));
@@ -227,9 +268,9 @@ fn a_full_disk_while_checkpointing_costs_a_checkpoint_and_nothing_else() {
     let input = generate(STREAM);
     let dir = input.path().join("in");
     let whole = Job::over(&dir).train(&["--until-end"]);
-    // A disk of 600 KiB: room for one generation, not for all that the job wants to write.
+    // A disk of 4 MiB, nearly full.
     let disk = tempfile::tempdir().unwrap();
-    let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=600k", "tmpfs"]).arg(disk.path()).status();
+    let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=4m", "tmpfs"]).arg(disk.path()).status();
     if !mounted.is_ok_and(|status| status.success()) {
         // Without the right to mount, the same through a limit on the size of files.
         println!("cannot mount a small disk here; using a file size limit instead");
@@ -250,7 +291,7 @@ fn a_full_disk_while_checkpointing_costs_a_checkpoint_and_nothing_else() {
     assert!(text.contains(&own));
     std::fs::write(job.path("job.toml"), text.replace(&own, &format!("dir = \"{}/c", disk.path().display()))).unwrap();
     let mut filler = std::fs::File::create(disk.path().join("filler")).unwrap();
-    filler.write_all(&vec![0; 500 << 10]).unwrap();
+    filler.write_all(&vec![0; 4000 << 10]).unwrap();
     let output = job.command(&["--json", "--until-end"]).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     contains(&said, &["a checkpoint could not be written", "space"]);

@@ -230,12 +230,12 @@ fn oracle(log: &Log) -> (Vec<Answer>, Counts, u64) {
                 }
             }
             Some((o, positive, _)) if c.time > plus(o.time, WINDOW) => {
-                if *positive {
-                    counts.clicks_duplicate += 1;
-                } else if in_window(c, o.raw.event_time) {
-                    counts.clicks_missed += 1;
-                } else {
+                if !in_window(c, o.raw.event_time) {
                     counts.clicks_outside += 1;
+                } else if *positive {
+                    counts.clicks_duplicate += 1;
+                } else {
+                    counts.clicks_missed += 1;
                 }
             }
             Some(_) => counts.clicks_orphan += 1,
@@ -296,10 +296,10 @@ fn product(log: &Log, schedule: &[(usize, usize)]) -> (Vec<Answer>, Counts, u64)
             let rest = &log[partition].1[at[partition]..];
             if rest.is_empty() {
                 ended[partition] = true;
-                merge.ended(partition);
+                merge.ended(partition).unwrap();
             } else {
                 let len = (len % 7 + 1).min(rest.len());
-                merge.offer(partition, chunk(&rest[..len], at[partition]), Time::MAX);
+                merge.offer(partition, chunk(&rest[..len], at[partition]), Time::MAX).unwrap();
                 at[partition] += len;
             }
         }
@@ -386,12 +386,12 @@ fn an_impression_is_held_until_every_awaited_click_partition_is_strictly_past_it
     let impressions = merge.add_partition("i", Stream::Impressions);
     let clicks = [merge.add_partition("c0", Stream::Clicks), merge.add_partition("c1", Stream::Clicks)];
     let log = small(&[(1, 1000), (2, 5000)], &[(9, 1000 + WINDOW + OUT_OF_ORDER), (9, 1001 + WINDOW + OUT_OF_ORDER)]);
-    merge.offer(impressions, chunk(&log[0].1, 0), Time::MAX);
-    merge.offer(clicks[0], chunk(&log[1].1, 0), Time::MAX);
-    merge.offer(clicks[1], chunk(&log[1].1[..1], 0), Time::MAX);
+    merge.offer(impressions, chunk(&log[0].1, 0), Time::MAX).unwrap();
+    merge.offer(clicks[0], chunk(&log[1].1, 0), Time::MAX).unwrap();
+    merge.offer(clicks[1], chunk(&log[1].1[..1], 0), Time::MAX).unwrap();
     // The second partition's watermark equals the end of the window: an equal time may still come.
     assert!(matches!(merge.release(), Step::Wait { on: Some(p), .. } if p == clicks[1]));
-    merge.offer(clicks[1], chunk(&log[1].1[1..], 1), Time::MAX);
+    merge.offer(clicks[1], chunk(&log[1].1[1..], 1), Time::MAX).unwrap();
     assert!(matches!(merge.release(), Step::Impression(_)));
 }
 
@@ -404,8 +404,8 @@ fn a_silent_click_stream_holds_the_release_even_when_all_its_partitions_are_idle
     let impressions = merge.add_partition("i", Stream::Impressions);
     let clicks = merge.add_partition("c", Stream::Clicks);
     let log = small(&[(1, 1000), (2, 5000)], &[(9, 1100)]);
-    merge.offer(impressions, chunk(&log[0].1, 0), Time::MAX);
-    merge.offer(clicks, chunk(&log[1].1, 0), Time::MAX);
+    merge.offer(impressions, chunk(&log[0].1, 0), Time::MAX).unwrap();
+    merge.offer(clicks, chunk(&log[1].1, 0), Time::MAX).unwrap();
     merge.caught_up(clicks, Time(0));
     merge.caught_up(impressions, Time(0));
     merge.tick(Time(1_000_000));
@@ -418,7 +418,7 @@ fn a_silent_click_stream_holds_the_release_even_when_all_its_partitions_are_idle
         id: 0,
         ..chunk(&log[1].1, 1).records[0]
     });
-    merge.offer(clicks, alive, Time::MAX);
+    merge.offer(clicks, alive, Time::MAX).unwrap();
     assert!(matches!(merge.release(), Step::Click(_)));
     assert!(matches!(merge.release(), Step::Impression(_)));
 }
@@ -431,8 +431,8 @@ fn an_idle_impression_partition_is_not_waited_for_and_what_it_brings_later_is_ov
     let (busy, idle) = (merge.add_partition("a", Stream::Impressions), merge.add_partition("b", Stream::Impressions));
     let clicks = merge.add_partition("c", Stream::Clicks);
     let log = small(&[(1, 1000), (2, 5000)], &[(9, 9000)]);
-    merge.offer(busy, chunk(&log[0].1, 0), Time::MAX);
-    merge.offer(clicks, chunk(&log[1].1, 0), Time::MAX);
+    merge.offer(busy, chunk(&log[0].1, 0), Time::MAX).unwrap();
+    merge.offer(clicks, chunk(&log[1].1, 0), Time::MAX).unwrap();
     assert!(matches!(merge.release(), Step::Wait { on: Some(p), .. } if p == idle));
     merge.caught_up(idle, Time(0));
     merge.tick(Time(99));
@@ -442,7 +442,7 @@ fn an_idle_impression_partition_is_not_waited_for_and_what_it_brings_later_is_ov
     assert_eq!(first.key.time, Time(1000));
     // Now the idle partition brings something older than what was released.
     let late = small(&[(3, 900), (4, 1500)], &[]);
-    merge.offer(idle, chunk(&late[0].1, 0), Time::MAX);
+    merge.offer(idle, chunk(&late[0].1, 0), Time::MAX).unwrap();
     assert_eq!(merge.counts().overtaken, 1);
     let [entry] = merge.journal() else { panic!("one entry") };
     assert_eq!((entry.offset, entry.time), (0, Time(2000)));
@@ -454,11 +454,11 @@ fn an_idle_impression_partition_is_not_waited_for_and_what_it_brings_later_is_ov
     for (name, stream) in [("a", Stream::Impressions), ("b", Stream::Impressions), ("c", Stream::Clicks)] {
         replay.add_partition(name, stream);
     }
-    replay.offer(busy, chunk(&log[0].1, 0), Time::MAX);
-    replay.offer(idle, chunk(&late[0].1, 0), Time::MAX);
-    replay.offer(clicks, chunk(&log[1].1, 0), Time::MAX);
-    merge.ended(idle);
-    replay.ended(idle);
+    replay.offer(busy, chunk(&log[0].1, 0), Time::MAX).unwrap();
+    replay.offer(idle, chunk(&late[0].1, 0), Time::MAX).unwrap();
+    replay.offer(clicks, chunk(&log[1].1, 0), Time::MAX).unwrap();
+    merge.ended(idle).unwrap();
+    replay.ended(idle).unwrap();
     let places = |merge: &mut Merge| {
         let mut places = Vec::new();
         loop {
@@ -480,7 +480,7 @@ fn a_record_from_the_future_is_rejected_and_does_not_drag_the_watermark() {
     let impressions = merge.add_partition("i", Stream::Impressions);
     let day = 24 * 3600 * 1000;
     let log = small(&[(1, 1000), (2, 1000 + day), (3, 1010)], &[]);
-    merge.offer(impressions, chunk(&log[0].1, 0), Time(1005));
+    merge.offer(impressions, chunk(&log[0].1, 0), Time(1005)).unwrap();
     assert_eq!(merge.watermark(impressions), Time(1010 - OUT_OF_ORDER));
     let [(_, offset, _, reason)] = &merge.take_rejected()[..] else { panic!("one reject") };
     assert_eq!(*offset, 1);

@@ -148,6 +148,18 @@ fn following_growing_files_gives_the_bytes_of_reading_them_at_once() {
 }
 
 #[test]
+fn a_run_that_stops_anywhere_and_goes_on_gives_the_bytes_of_one_run() {
+    let input = generate(DISTURBED);
+    let whole = Job::over(&input.path().join("in")).train(&["--until-end"]);
+    // In the middle of a batch, and not at a multiple of its period.
+    let job = Job::over(&input.path().join("in"));
+    for until in ["2026-01-01T00:00:31.007Z", "2026-01-01T00:01:12.5Z", "2026-01-01T00:03:59.999Z"] {
+        job.train(&["--until", until]);
+    }
+    assert_eq!(outcome(&whole), outcome(&job.train(&["--until-end"])));
+}
+
+#[test]
 fn a_file_that_appears_under_a_followed_pattern_is_a_new_partition() {
     let input = generate(&["-n", "6000", "--partitions", "2"]);
     let whole = input.path().join("in");

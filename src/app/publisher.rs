@@ -64,7 +64,10 @@ impl Handle {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let model = ModelInfo {
             kind: "logistic".to_owned(),
-            config: serde_json::to_value(&checked.config.model).expect("plain data"),
+            // By way of text, which keeps an f32 as short as it is.
+            config: serde_json::to_string(&checked.config.model)
+                .and_then(|text| serde_json::from_str(&text))
+                .expect("plain data"),
             schema: serde_json::from_str(&checked.schema.to_json()).expect("the schema writes JSON"),
             schema_hash: checked.schema.hash(),
         };

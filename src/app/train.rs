@@ -18,7 +18,7 @@ use crate::clock;
 use crate::config::{self, Checked};
 use crate::event::{Stream, Time};
 use crate::join::{Counts, DelayCurve, Join};
-use crate::merge::{Merge, ReadCounts, WaitReason};
+use crate::merge::{Merge, PartitionPosition, ReadCounts, WaitReason};
 use crate::model::logistic::Logistic;
 use crate::position::NextOffset;
 use crate::source::decode::Decoder;
@@ -59,6 +59,12 @@ pub enum Error {
     #[error(transparent)]
     Source(#[from] source::Error),
     #[error(transparent)]
+    Rewritten(#[from] crate::merge::Rewritten),
+    #[error(
+        "this lineage has learned {0} batches, the most that a row can remember; start a new one by a retrain into another `checkpoint.dir`"
+    )]
+    TooManyBatches(u64),
+    #[error(transparent)]
     Checkpoint(#[from] checkpoint::Error),
     #[error(transparent)]
     Content(#[from] crate::snapshot::codec::Error),
@@ -83,8 +89,8 @@ pub enum Error {
     #[error("the head of the checkpoint in `{}` cannot be read", dir.display())]
     Head { dir: PathBuf, source: serde_json::Error },
     #[error(
-        "the checkpoint knows the file `{name}` of {stream}, but the config does not: list it again (a file that was read \
-         to its end may only be left out once a later checkpoint no longer needs it)"
+        "the checkpoint has read the file `{name}` of {stream} further than it has trained, but the config no longer finds \
+         it: bring it back until its impressions are trained (a file that was trained to its end may go)"
     )]
     PartitionGone { name: String, stream: &'static str },
     #[error("cannot write predictions to `{}`", path.display())]
@@ -155,7 +161,8 @@ pub struct Tick {
 
 /// The sources of a job: partitions of both streams in the order of the checkpoint, then of the config.
 struct Input {
-    partitions: Vec<Partition>,
+    /// By partition number; none for a file that is gone.
+    partitions: Vec<Option<Partition>>,
     recycler: Recycler,
     sources: Sources,
     streams: Vec<(Stream, file::Settings, NewDecoder)>,
@@ -165,25 +172,22 @@ struct Input {
 }
 
 impl Input {
-    /// A file for every path that a stream's patterns match now.
-    fn specs(&self) -> Result<Vec<source::Spec>, Error> {
-        specs(&self.streams, self.follow)
-    }
-
     /// Following: a file that has appeared under a pattern is a new partition, awaited from first sight.
     fn discover(&mut self, core: &mut Core) -> Result<(), Error> {
         if !self.follow || self.looked.elapsed() < LOOK {
             return Ok(());
         }
         self.looked = Instant::now();
-        for spec in self.specs()? {
-            let name = file::name_of(&spec.path);
-            if self.partitions.iter().any(|p| p.stream == spec.stream && p.name == name) {
+        // A file that was there at the start and is gone now is the reader's business.
+        let Ok(specs) = specs(&self.streams, self.follow) else { return Ok(()) };
+        for spec in specs {
+            let (name, stream) = (file::name_of(&spec.path), spec.stream);
+            if (0..core.merge().partitions()).any(|p| core.merge().stream(p) == stream && core.merge().name(p) == name)
+            {
                 continue;
             }
-            tracing::info!(stream = spec.stream.name(), name, "a new partition");
-            let stream = spec.stream;
-            self.partitions.push(self.sources.add(spec)?);
+            tracing::info!(stream = stream.name(), name, "a new partition");
+            self.partitions.push(Some(self.sources.add(spec)?));
             core.merge_mut().add_partition(&name, stream);
         }
         Ok(())
@@ -288,8 +292,7 @@ pub fn run(
         model,
         measured,
     );
-    let known: Vec<(String, Stream, NextOffset)> =
-        restored.iter().flat_map(|r| &r.partitions).map(|p| (p.name.clone(), p.stream, p.from)).collect();
+    let known: Vec<PartitionPosition> = restored.as_ref().map(|r| r.partitions.clone()).unwrap_or_default();
     let first_impression = restored.as_ref().map_or(0, |r| r.counts.impressions);
     if let Some(restored) = restored {
         core.restore(restored);
@@ -307,9 +310,10 @@ pub fn run(
         last_checkpoint: Instant::now(),
         batches_at_checkpoint: core.place().batches,
         last_publish: None,
+        measured: Instant::now(),
         next_mark: None,
         frozen: false,
-        stop_seen: false,
+        kept: Ok(()),
     };
     let first_example = core.place().examples;
     let learning = Instant::now();
@@ -324,15 +328,18 @@ pub fn run(
                 while let Some(chunk) = core.merge_mut().take_recycled() {
                     input.recycler.give(chunk);
                 }
-                drain(&mut core, &input, predictions.as_mut(), &mut dead)?;
+                drain(&mut core, predictions.as_mut(), &mut dead)?;
                 job.boundary(&mut core, predictions.as_mut(), &mut dead)?;
             }
-            Advance::Cut => {
-                if options.until != Until::Stopped && core.place().frontier.is_some() {
-                    tracing::info!("the click log ends inside the coming windows; a later run resumes before them");
-                    job.checkpoint(&core, predictions.as_mut(), &mut dead)?;
-                    job.frozen = true;
+            Advance::Unfinished => {
+                tracing::info!(
+                    "what follows would come out otherwise if the log went on; a later run resumes before it"
+                );
+                if core.place().frontier.is_some() {
+                    // If it fails, the job still learns and publishes the rest, and ends with this error.
+                    job.kept = job.checkpoint(&core, predictions.as_mut(), &mut dead);
                 }
+                job.frozen = true;
             }
             Advance::Wait { on, why } => {
                 waiting_for = Some(why);
@@ -341,7 +348,6 @@ pub fn run(
             Advance::End => break true,
         }
         if stop.load(Ordering::Relaxed) {
-            job.stop_seen = true;
             break false;
         }
         if shown.elapsed() > Duration::from_secs(1) {
@@ -360,7 +366,7 @@ pub fn run(
         }
     };
     let seconds = learning.elapsed().as_secs_f64();
-    drain(&mut core, &input, predictions.as_mut(), &mut dead)?;
+    drain(&mut core, predictions.as_mut(), &mut dead)?;
 
     let version = job.finish(&core, predictions.as_mut(), &mut dead)?;
     let image = core.image();
@@ -457,7 +463,7 @@ pub fn read_head(head: &serde_json::Value, dir: &Path, checked: &Checked) -> Res
 fn open_input(
     checked: &Checked,
     options: &Options,
-    known: &[(String, Stream, NextOffset)],
+    known: &[PartitionPosition],
     core: &mut Core,
 ) -> Result<Input, Error> {
     let follow = options.until == Until::Stopped || options.follow;
@@ -475,21 +481,39 @@ fn open_input(
     // Partitions keep their numbers: the checkpoint's first, in its order.
     let place = |spec: &source::Spec| {
         let name = file::name_of(&spec.path);
-        known.iter().position(|(known, stream, _)| *known == name && *stream == spec.stream)
+        known.iter().position(|known| known.name == name && known.stream == spec.stream)
     };
     for spec in &mut specs {
-        spec.from = place(spec).map_or_else(NextOffset::default, |at| known[at].2);
+        spec.from = place(spec).map_or_else(NextOffset::default, |at| known[at].from);
     }
-    for (name, stream, _) in known {
-        if !specs.iter().any(|spec| spec.stream == *stream && file::name_of(&spec.path) == *name) {
-            return Err(Error::PartitionGone { name: name.clone(), stream: stream.name() });
+    // A file that was trained to its end may leave; its number stays taken.
+    let mut slots: Vec<Option<usize>> = Vec::new();
+    for (index, position) in known.iter().enumerate() {
+        let found = specs.iter().position(|spec| place(spec) == Some(index));
+        if found.is_none() {
+            let PartitionPosition { name, stream, from, read, .. } = position;
+            if from.offset < read.offset {
+                return Err(Error::PartitionGone { name: name.clone(), stream: stream.name() });
+            }
+            tracing::warn!(
+                name,
+                stream = stream.name(),
+                offset = read.offset,
+                "a file is gone; it counts as ended there"
+            );
+            core.merge_mut().ended(index)?;
+        }
+        slots.push(found);
+    }
+    for (at, spec) in specs.iter().enumerate() {
+        if place(spec).is_none() {
+            core.merge_mut().add_partition(&file::name_of(&spec.path), spec.stream);
+            slots.push(Some(at));
         }
     }
-    specs.sort_by_key(|spec| place(spec).unwrap_or(usize::MAX));
-    for spec in specs.iter().skip(known.len()) {
-        core.merge_mut().add_partition(&file::name_of(&spec.path), spec.stream);
-    }
-    let (sources, partitions, recycler) = Sources::open(specs, checked.decode_threads())?;
+    let (sources, opened, recycler) = Sources::open(specs, checked.decode_threads())?;
+    let mut opened: Vec<Option<Partition>> = opened.into_iter().map(Some).collect();
+    let partitions = slots.into_iter().map(|slot| slot.and_then(|at| opened[at].take())).collect();
     Ok(Input { partitions, recycler, sources, streams, follow, looked: Instant::now() })
 }
 
@@ -502,23 +526,26 @@ fn pump(core: &mut Core, input: &mut Input, on: Option<usize>, dead: &mut DeadLe
     let mut moved = false;
     for partition in 0..input.partitions.len() {
         while core.merge().wants(partition) {
-            let Some(arrival) = input.partitions[partition].try_next() else { break };
+            let Some(arrival) = input.partitions[partition].as_mut().and_then(Partition::try_next) else { break };
             moved = true;
-            accept(core, &input.partitions[partition], partition, arrival, dead)?;
+            accept(core, partition, arrival, dead)?;
         }
     }
     if moved {
         return Ok(());
     }
     let arrival = match on {
-        Some(partition) => input.partitions[partition].next_timeout(PATIENCE).map(|arrival| (partition, arrival)),
+        Some(partition) => {
+            let from = input.partitions[partition].as_mut();
+            from.and_then(|from| from.next_timeout(PATIENCE)).map(|arrival| (partition, arrival))
+        }
         None => {
             std::thread::sleep(PATIENCE);
             None
         }
     };
     match arrival {
-        Some((partition, arrival)) => accept(core, &input.partitions[partition], partition, arrival, dead),
+        Some((partition, arrival)) => accept(core, partition, arrival, dead),
         None => {
             core.merge_mut().tick(clock::now());
             Ok(())
@@ -526,46 +553,37 @@ fn pump(core: &mut Core, input: &mut Input, on: Option<usize>, dead: &mut DeadLe
     }
 }
 
-fn accept(
-    core: &mut Core,
-    from: &Partition,
-    partition: usize,
-    arrival: Arrival,
-    dead: &mut DeadLetters,
-) -> Result<(), Error> {
+fn accept(core: &mut Core, partition: usize, arrival: Arrival, dead: &mut DeadLetters) -> Result<(), Error> {
     match arrival {
         Arrival::Records(chunk) => {
             if !chunk.rejects.is_empty() {
-                dead.keep_rejects(from.stream, &from.name, &chunk)?;
+                let merge = core.merge();
+                dead.keep_rejects(merge.stream(partition), merge.name(partition), &chunk)?;
             }
-            core.offer(partition, chunk, clock::now());
+            core.offer(partition, chunk, clock::now())?;
         }
         Arrival::CaughtUp { .. } => core.merge_mut().caught_up(partition, clock::now()),
-        Arrival::Ended { .. } => core.merge_mut().ended(partition),
+        Arrival::Ended { .. } => core.merge_mut().ended(partition)?,
         Arrival::Failed(error) => return Err(error.into()),
     }
     Ok(())
 }
 
 /// Writes down what the core has kept for the outside.
-fn drain(
-    core: &mut Core,
-    input: &Input,
-    predictions: Option<&mut Predictions>,
-    dead: &mut DeadLetters,
-) -> Result<(), Error> {
+fn drain(core: &mut Core, predictions: Option<&mut Predictions>, dead: &mut DeadLetters) -> Result<(), Error> {
     if let Some(predictions) = predictions {
         predictions.write(&core.take_predictions())?;
     }
     for (partition, offset, row, reason) in core.merge_mut().take_rejected() {
-        let from = &input.partitions[partition as usize];
-        dead.keep(from.stream, &from.name, offset, row, &reason, "")?;
+        let merge = core.merge();
+        dead.keep(merge.stream(partition as usize), merge.name(partition as usize), offset, row, &reason, "")?;
     }
     for bad in core.take_quarantined() {
-        let from = &input.partitions[bad.partition as usize];
+        let merge = core.merge();
         let reason =
             format!("example {:016x} was quarantined: its logit or step is not finite or out of bounds", bad.id);
-        dead.keep(from.stream, &from.name, bad.offset, bad.row, &reason, "")?;
+        let partition = bad.partition as usize;
+        dead.keep(merge.stream(partition), merge.name(partition), bad.offset, bad.row, &reason, "")?;
     }
     Ok(())
 }
@@ -579,11 +597,14 @@ struct Running<'a> {
     last_checkpoint: Instant,
     batches_at_checkpoint: u64,
     last_publish: Option<Instant>,
+    /// When the counters were last handed to telemetry.
+    measured: Instant,
     /// Event time of the next publication mark.
     next_mark: Option<Time>,
     /// The checkpoint to resume from lies behind: windows are cut from here on.
     frozen: bool,
-    stop_seen: bool,
+    /// How writing that checkpoint went.
+    kept: Result<(), Error>,
 }
 
 impl Running<'_> {
@@ -594,6 +615,14 @@ impl Running<'_> {
         dead: &mut DeadLetters,
     ) -> Result<(), Error> {
         let Some(frontier) = core.place().frontier.map(|key| key.time) else { return Ok(()) };
+        if core.place().batches >= u64::from(u32::MAX) - 1 {
+            return Err(Error::TooManyBatches(core.place().batches));
+        }
+        if self.measured.elapsed() >= Duration::from_secs(1) {
+            self.measured = Instant::now();
+            let (merge, join) = (core.merge(), core.join());
+            telemetry::boundary(&join.counts, &merge.counts(), join.waiting(), frontier, core.place().batches);
+        }
         for window in core.progress.take_closed_windows() {
             telemetry::window(&window.metrics);
             let m = &window.metrics;
@@ -608,8 +637,6 @@ impl Running<'_> {
             if due || self.last_checkpoint.elapsed() >= settings.every {
                 self.last_checkpoint = Instant::now();
                 self.batches_at_checkpoint = core.place().batches;
-                let (merge, join) = (core.merge(), core.join());
-                telemetry::boundary(&join.counts, &merge.counts(), join.waiting(), frontier, core.place().batches);
                 dead.flush()?;
                 let written = predictions.map(Predictions::flush).transpose()?;
                 keeper.offer(core.image(), written);
@@ -635,7 +662,7 @@ impl Running<'_> {
         Job {
             image: core.image(),
             report: core.progress.report(),
-            golden: core.golden().to_vec(),
+            golden: core.golden(),
             default_rows: self.default_rows.clone(),
         }
     }
@@ -662,7 +689,7 @@ impl Running<'_> {
         predictions: Option<&mut Predictions>,
         dead: &mut DeadLetters,
     ) -> Result<Option<u64>, Error> {
-        let mut kept = Ok(());
+        let mut kept = std::mem::replace(&mut self.kept, Ok(()));
         if core.place().frontier.is_some() {
             if let Some(publisher) = &self.publisher {
                 publisher.offer(self.job(core))?;

@@ -10,12 +10,12 @@ use crate::config::Checked;
 use crate::event::Stream;
 use crate::source::decode::{Decoder, EventView};
 use crate::source::file;
-use crate::train::checkpoint::Checkpoints;
+use crate::train::checkpoint::{self, Checkpoints};
 
 /// Check a configuration: every setting, every file, and every path the job will write to
 ///
-/// With --sample also shows how the first records of each stream are decoded: field, value, row. Changes nothing that a
-/// job would notice: what it writes to try a path it removes.
+/// With --sample also shows how the first records of each stream are decoded: field, value, row. It makes the directories
+/// that the job would make; what it writes there to try them it removes.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Check {
     #[command(flatten)]
@@ -50,16 +50,19 @@ impl Check {
             for path in &files.paths {
                 file::first_records(path, 1, files.max_record)?;
             }
-            ok(stream.name(), format!("{} files can be read", files.paths.len()))?;
+            ok(stream.name(), format!("{} file(s) can be read", files.paths.len()))?;
         }
         if let Some(settings) = &config.checkpoint {
-            let checkpoints = Checkpoints::open(&settings.dir)?;
-            let detail = match checkpoints.newest()? {
-                Some(loaded) => {
-                    train::read_head(&loaded.head, &settings.dir, &checked)?;
-                    format!("`{}`: the job would go on from checkpoint {}", settings.dir.display(), loaded.number)
-                }
-                None => format!("`{}`: empty, the job would start anew", settings.dir.display()),
+            let dir = settings.dir.display();
+            let detail = match Checkpoints::open(&settings.dir) {
+                Err(checkpoint::Error::Locked { .. }) => format!("`{dir}`: in use by a job that is running now"),
+                opened => match opened?.newest()? {
+                    Some(loaded) => {
+                        train::read_head(&loaded.head, &settings.dir, &checked)?;
+                        format!("`{dir}`: the job would go on from checkpoint {}", loaded.number)
+                    }
+                    None => format!("`{dir}`: empty, the job would start anew"),
+                },
             };
             try_write(&settings.dir).with_context(|| format!("`checkpoint.dir` = `{}`", settings.dir.display()))?;
             ok("checkpoint", detail)?;

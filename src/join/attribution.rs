@@ -213,12 +213,12 @@ impl Join {
     fn late_click(&mut self, click: Click, impression: SeenInfo) {
         let delay = click.event_time.0 - impression.event_time().0;
         self.delays.add(delay, 1);
-        if impression.positive() {
-            self.counts.clicks_duplicate += 1;
-        } else if self.in_window(delay) {
-            self.counts.clicks_missed += 1;
-        } else {
+        if !self.in_window(delay) {
             self.counts.clicks_outside += 1;
+        } else if impression.positive() {
+            self.counts.clicks_duplicate += 1;
+        } else {
+            self.counts.clicks_missed += 1;
         }
     }
 

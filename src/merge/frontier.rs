@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::reorder::Reorder;
 use super::watermark::{Bounds, Placing, Watermark};
 use crate::event::{Chunk, Kind, Record, Stream, Time};
-use crate::position::NextOffset;
+use crate::position::{Fingerprint, NextOffset};
 
 /// A record's place in the total order. Position comes last: while nothing is late, the layout does not matter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -115,6 +115,17 @@ pub enum Ready {
     Wait { on: Option<usize>, why: WaitReason },
     /// Bounded input: all that was to be released has been.
     End,
+}
+
+/// A partition does not hold what was read of it before.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "`{partition}` is not the log that was read before: what stands before byte {offset} is another record. A log may only \
+     grow: bring the old content back to go on, or give the new content a new name"
+)]
+pub struct Rewritten {
+    pub partition: String,
+    pub offset: u64,
 }
 
 /// What the merge says when asked for the next record.
@@ -349,6 +360,17 @@ impl Merge {
         &self.journal
     }
 
+    /// How many partitions there are; they are numbered from 0 in the order in which they were added.
+    #[must_use]
+    pub fn partitions(&self) -> usize {
+        self.partitions.len()
+    }
+
+    #[must_use]
+    pub fn stream(&self, partition: usize) -> Stream {
+        self.partitions[partition].stream
+    }
+
     #[must_use]
     pub fn name(&self, partition: usize) -> &str {
         &self.partitions[partition].name
@@ -399,9 +421,24 @@ impl Merge {
         })
     }
 
-    /// Takes the next records of a partition. `now` is the clock at reading, which only ever rejects records that carry
+    /// Whether `chunk` belongs to the log that an earlier run has read up to `known`: where reading passes that point, the
+    /// record before it must be the one that stood there.
+    fn fits(partition: &Partition, chunk: &Chunk) -> bool {
+        let known = partition.known;
+        if partition.read.offset >= known.offset || chunk.next.offset < known.offset {
+            return true;
+        }
+        let first_new = chunk.records.iter().find(|record| record.offset >= known.offset);
+        first_new.map_or(chunk.next.before, |record| Fingerprint(record.before)) == known.before
+    }
+
+    /// Takes the next records of a partition, unless they show that it is not the log that was read before. `now` is the clock at reading, which only ever rejects records that carry
     /// no log time; what it rejects is journaled.
-    pub fn offer(&mut self, partition: usize, chunk: Box<Chunk>, now: Time) {
+    pub fn offer(&mut self, partition: usize, chunk: Box<Chunk>, now: Time) -> Result<(), Rewritten> {
+        let p = &self.partitions[partition];
+        if !Self::fits(p, &chunk) {
+            return Err(Rewritten { partition: p.name.clone(), offset: p.known.offset });
+        }
         let passed = self.passed(self.partitions[partition].stream);
         let resumed = self.resumed;
         let p = &mut self.partitions[partition];
@@ -538,6 +575,7 @@ impl Merge {
             }
         }
         self.refresh();
+        Ok(())
     }
 
     /// All that the partition has was offered, and its end was confirmed after that, at `now`.
@@ -545,11 +583,16 @@ impl Merge {
         self.partitions[partition].caught_up = Some(now);
     }
 
-    /// Bounded input: the partition's end has been reached.
-    pub fn ended(&mut self, partition: usize) {
-        self.partitions[partition].ended = true;
-        self.partitions[partition].watermark.lift(Time::MAX);
+    /// Bounded input: the partition's end has been reached. It must not lie before what an earlier run has read.
+    pub fn ended(&mut self, partition: usize) -> Result<(), Rewritten> {
+        let p = &mut self.partitions[partition];
+        if p.read.offset < p.known.offset {
+            return Err(Rewritten { partition: p.name.clone(), offset: p.known.offset });
+        }
+        p.ended = true;
+        p.watermark.lift(Time::MAX);
         self.refresh();
+        Ok(())
     }
 
     /// Lets silence count: idle and left-behind partitions are no longer awaited. Call when nothing can be released.

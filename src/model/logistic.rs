@@ -1055,7 +1055,7 @@ mod tests {
         // The first gradient is -0.5.
         assert_eq!(after(1.0).0, 0.25);
         assert_eq!(after(2.0).0, 1.0);
-        assert_eq!(after(2.0).1, 0.05 / (0.1f32 + 1.0).sqrt());
+        assert_eq!(after(2.0).1, 0.1 / (0.2f32 + 1.0).sqrt());
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The heart: ordered records in, learned weights out. Plain calls on one thread, no I/O.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -8,7 +9,7 @@ use super::progressive::Progressive;
 use crate::batch::Cutter;
 use crate::event::{Chunk, Example, Kind, Slot, Time};
 use crate::join::{self, Join, Label, Segment, Verdict};
-use crate::merge::{Click, JournalEntry, Key, Merge, PartitionPosition, Ready, Step, WaitReason};
+use crate::merge::{Click, JournalEntry, Key, Merge, PartitionPosition, Ready, Rewritten, Step, WaitReason};
 use crate::model::logistic::{self, Logistic, Outcome};
 use crate::position::NextOffset;
 
@@ -41,9 +42,10 @@ impl Sampling {
 pub enum Advance {
     /// A batch boundary: the batch is learned, and [`Core::image`] shows this moment until the next boundary.
     Boundary,
-    /// The next impression's window reaches past the end of the click log. The image of the last boundary is the one to
-    /// resume from. Said once.
-    Cut,
+    /// What comes next would come out otherwise if the input went on: a window that reaches past the end of the click
+    /// log, or a batch that only the end of the input closes. The image of the last boundary is the one to resume from.
+    /// Said once.
+    Unfinished,
     /// Nothing can be released; see [`Step::Wait`].
     Wait { on: Option<usize>, why: WaitReason },
     /// Bounded input: all has been released and learned.
@@ -138,11 +140,11 @@ pub struct Core {
     /// Smallest (offset, row) released since the boundary, by partition.
     since: Vec<Option<(u64, u32)>>,
     released_since: u64,
-    cut_seen: bool,
+    unfinished: bool,
     keep_predictions: bool,
     predictions: Vec<Prediction>,
     quarantined: Vec<Quarantined>,
-    golden: Vec<Vec<Slot>>,
+    golden: VecDeque<Vec<Slot>>,
 }
 
 impl Core {
@@ -172,11 +174,11 @@ impl Core {
             positions: Vec::new(),
             since: Vec::new(),
             released_since: 0,
-            cut_seen: false,
+            unfinished: false,
             keep_predictions: false,
             predictions: Vec::new(),
             quarantined: Vec::new(),
-            golden: Vec::new(),
+            golden: VecDeque::new(),
         }
     }
 
@@ -231,10 +233,10 @@ impl Core {
         std::mem::take(&mut self.quarantined)
     }
 
-    /// Encoded examples of the last batch, fresh: what golden vectors are made from.
+    /// The latest encoded examples, a few from each batch: what golden vectors are made from.
     #[must_use]
-    pub fn golden(&self) -> &[Vec<Slot>] {
-        &self.golden
+    pub fn golden(&self) -> Vec<Vec<Slot>> {
+        self.golden.iter().cloned().collect()
     }
 
     /// Goes on until a batch ends or nothing more can be released.
@@ -242,9 +244,9 @@ impl Core {
         loop {
             match self.merge.ready() {
                 Ready::Impression { time, cut, .. } => {
-                    if cut && !self.cut_seen {
-                        self.cut_seen = true;
-                        return Advance::Cut;
+                    if cut && !self.unfinished {
+                        self.unfinished = true;
+                        return Advance::Unfinished;
                     }
                     if self.cutter.crosses(time) && self.released_since > 0 {
                         self.finish_batch();
@@ -256,6 +258,10 @@ impl Core {
                     }
                 }
                 Ready::Wait { on, why } => return Advance::Wait { on, why },
+                Ready::End if self.released_since > 0 && !self.unfinished => {
+                    self.unfinished = true;
+                    return Advance::Unfinished;
+                }
                 Ready::End if self.released_since > 0 => {
                     self.finish_batch();
                     return Advance::Boundary;
@@ -350,8 +356,7 @@ impl Core {
             })
             .collect();
         self.place.batches += 1;
-        let number =
-            u32::try_from(self.place.batches).expect("fewer than 2^32 batches: start a new lineage by a retrain");
+        let number = u32::try_from(self.place.batches).expect("the job stops before 2^32 batches");
         self.model.learn(number, self.items[0].time, &examples, &mut self.outcomes);
         let counts = &mut self.join.counts;
         let mut range = self.place.event_times;
@@ -379,9 +384,14 @@ impl Core {
             }
         }
         self.place.event_times = range;
-        self.golden.clear();
         let stride = (examples.len() / GOLDEN).max(1);
-        self.golden.extend(examples.iter().step_by(stride).take(GOLDEN).map(|example| example.slots.to_vec()));
+        for example in examples.iter().step_by(stride).take(GOLDEN) {
+            let mut kept =
+                if self.golden.len() < GOLDEN { Vec::new() } else { self.golden.pop_front().unwrap_or_default() };
+            kept.clear();
+            kept.extend_from_slice(example.slots);
+            self.golden.push_back(kept);
+        }
         drop(examples);
         self.items.clear();
         self.slots.clear();
@@ -417,8 +427,8 @@ impl Core {
     }
 
     /// Offers a chunk to the merge; see [`Merge::offer`].
-    pub fn offer(&mut self, partition: usize, chunk: Box<Chunk>, now: Time) {
-        self.merge.offer(partition, chunk, now);
+    pub fn offer(&mut self, partition: usize, chunk: Box<Chunk>, now: Time) -> Result<(), Rewritten> {
+        self.merge.offer(partition, chunk, now)
     }
 }
 

@@ -135,7 +135,8 @@ pub fn generate(options: &[&str]) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("in");
     let output = Command::new(TIDEMILL)
-        .args(["generate", "--users", "500", "--items", "100", "--rate", "30", "--ctr", "0.1"])
+        .args(["generate", "--users", "500", "--items", "100", "--ctr", "0.1"])
+        .args(if options.contains(&"--rate") { &[][..] } else { &["--rate", "30"] })
         .args(["--delay-median", "5s", "--window", "40s"])
         .args(options)
         .arg("--out")
