@@ -1,6 +1,6 @@
 //! Decoding in parallel, arriving in order.
 //!
-//! A reader first reserves the next place in its partition's queue, then hands the block to the pool with the [`Ticket`] of
+//! A reader first reserves the next place in its partition's queue, then hands the block to the pool with the `Ticket` of
 //! that place. The worker puts the decoded chunk into the place, whenever that is; the consumer waits for the place at the
 //! front. So places are bounded per partition, order is that of reservation, and a worker always has somewhere to put
 //! what it made.

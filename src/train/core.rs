@@ -79,7 +79,7 @@ pub struct Quarantined {
     pub id: u64,
 }
 
-/// What an example came to, as [`Core::predictions`] keeps it.
+/// What an example came to, as [`Core::take_predictions`] keeps it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Prediction {
     pub id: String,
