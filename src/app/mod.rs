@@ -1,6 +1,10 @@
 //! Wiring: builds the stages from the last to the first; owns threads, channels and shutdown.
 
 pub mod dead_letters;
+pub mod input;
+pub mod job;
 pub mod keeper;
+pub mod predictions;
 pub mod publisher;
+pub mod summary;
 pub mod train;

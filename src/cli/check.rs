@@ -5,7 +5,7 @@ use std::io::Write as _;
 use anyhow::Context as _;
 
 use super::ConfigArgs;
-use crate::app::train;
+use crate::app::{input, train};
 use crate::config::Checked;
 use crate::event::Stream;
 use crate::source::decode::{Decoder, EventView};
@@ -45,7 +45,7 @@ impl Check {
         let mut streams = vec![(Stream::Impressions, &config.impressions)];
         streams.extend(config.clicks.as_ref().map(|clicks| (Stream::Clicks, clicks)));
         for (stream, settings) in &streams {
-            train::decoder(&checked, *stream, false)?;
+            input::decoder(&checked, *stream, false)?;
             let files = settings.source.check(&format!("{}.source", stream.name()))?;
             for path in &files.paths {
                 file::first_records(path, 1, files.max_record)?;

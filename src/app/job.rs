@@ -1,0 +1,80 @@
+//! What a training job is asked for, and why it cannot start or go on.
+
+use std::io;
+use std::path::PathBuf;
+
+use super::{dead_letters, publisher};
+use crate::config;
+use crate::event::Time;
+use crate::source;
+use crate::train::checkpoint;
+use crate::train::image::FORMAT;
+
+/// How long the job reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Until {
+    /// For ever: follows growing files.
+    Stopped,
+    /// To the end that the files have at the start.
+    End,
+    /// Impressions before this time, clicks up to a window later.
+    Time(Time),
+}
+
+/// What one run is asked for, beside its configuration.
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub until: Until,
+    /// With [`Until::Time`]: wait for files to grow rather than end where they end.
+    pub follow: bool,
+    /// File for id, prediction and label of every example.
+    pub predictions: Option<PathBuf>,
+}
+
+/// Why a job cannot start or go on. Nothing that was checkpointed is lost by any of them.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Config(#[from] config::Error),
+    #[error(transparent)]
+    Source(#[from] source::Error),
+    #[error(transparent)]
+    Rewritten(#[from] crate::merge::Rewritten),
+    #[error(
+        "this lineage has learned {0} batches, the most that a row can remember; start a new one by a retrain into another `checkpoint.dir`"
+    )]
+    TooManyBatches(u64),
+    #[error(transparent)]
+    Checkpoint(#[from] checkpoint::Error),
+    #[error(transparent)]
+    Content(#[from] crate::snapshot::codec::Error),
+    #[error(transparent)]
+    Publish(#[from] publisher::Error),
+    #[error(transparent)]
+    DeadLetters(#[from] dead_letters::Error),
+    #[error(transparent)]
+    Model(#[from] crate::model::Error),
+    #[error(transparent)]
+    Progressive(#[from] crate::train::progressive::Error),
+    #[error(transparent)]
+    Mapping(#[from] source::decode::Error),
+    #[error(
+        "the checkpoint in `{}` was made under other settings: {differences}. Put them back to go on from it; for a new \
+         start under the new settings give `checkpoint.dir` another directory",
+        dir.display()
+    )]
+    OtherSettings { dir: PathBuf, differences: String },
+    #[error("the checkpoint in `{}` has format {found}, this build reads {FORMAT}", dir.display())]
+    OtherFormat { dir: PathBuf, found: u32 },
+    #[error("the head of the checkpoint in `{}` cannot be read", dir.display())]
+    Head { dir: PathBuf, source: serde_json::Error },
+    #[error(
+        "the checkpoint has read the file `{name}` of {stream} further than it has trained, but the config no longer finds \
+         it: bring it back until its impressions are trained (a file that was trained to its end may go)"
+    )]
+    PartitionGone { name: String, stream: &'static str },
+    #[error("cannot write predictions to `{}`", path.display())]
+    Predictions { path: PathBuf, source: io::Error },
+    #[error("a thread cannot be started: {0}")]
+    Thread(#[source] io::Error),
+}
