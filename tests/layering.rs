@@ -67,7 +67,10 @@ const FOREIGN: &[(&str, &[&str])] = &[
     ("zstd", &["src/source/file.rs", "src/cli/generate.rs"]),
     ("clap", &["src/cli/"]),
     ("anyhow", &["src/cli/"]),
-    ("tokio", &["src/app/publisher.rs", "src/cli/", "src/snapshot/store.rs", "src/serve/reload.rs", "src/serve/http.rs"]),
+    (
+        "tokio",
+        &["src/app/publisher.rs", "src/cli/", "src/snapshot/store.rs", "src/serve/reload.rs", "src/serve/http.rs"],
+    ),
     ("axum", &["src/serve/http.rs"]),
     ("hyper", &["src/serve/http.rs"]),
     ("hyper_util", &["src/serve/http.rs"]),
@@ -226,7 +229,7 @@ fn foreign_crates_stay_in_their_rooms() {
     for file in sources() {
         for (krate, places) in FOREIGN {
             let allowed = |place: &&str| file.name == *place || (place.ends_with('/') && file.name.starts_with(place));
-            if places.iter().any(|place| allowed(&place)) {
+            if places.iter().any(|place| allowed(place)) {
                 continue;
             }
             for (at, line) in file.lines.iter().enumerate() {

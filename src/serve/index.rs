@@ -85,7 +85,7 @@ impl Index {
 
 #[inline(always)]
 fn home(lines: &[Line], id: u64) -> usize {
-    (u128::from(id) * lines.len() as u128 >> 64) as usize
+    ((u128::from(id) * lines.len() as u128) >> 64) as usize
 }
 
 #[inline(always)]
