@@ -248,6 +248,15 @@ pub struct DeadLetterSettings {
     pub path: PathBuf,
 }
 
+/// `[telemetry]`
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TelemetrySettings {
+    /// Address and port at which `GET /metrics` (Prometheus) and `GET /healthz` answer while the job runs, such as
+    /// `"127.0.0.1:9464"`. Default: nowhere.
+    pub listen: Option<std::net::SocketAddr>,
+}
+
 /// The configuration file.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -278,6 +287,8 @@ pub struct Config {
     pub publish: PublishSettings,
     /// Left out: rejected records are counted and logged, not kept.
     pub dead_letters: Option<DeadLetterSettings>,
+    #[serde(default)]
+    pub telemetry: TelemetrySettings,
 }
 
 /// A configuration that was found to fit together.

@@ -291,3 +291,46 @@ fn a_counting_model_shows_that_every_example_was_learned_exactly_once() {
         assert_eq!(snapshot.weights.weight(row, 0), count);
     }
 }
+
+#[test]
+fn a_running_job_shows_its_metrics_and_they_obey_the_conservation_laws() {
+    use std::io::Read as _;
+    let input = generate(DISTURBED);
+    let job = Job::over(&input.path().join("in"));
+    let mut child = job.command(&["--set", "telemetry.listen=\"127.0.0.1:0\""]).spawn().unwrap();
+    // The log says which port it got.
+    let mut log = std::io::BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    let address = loop {
+        line.clear();
+        assert!(std::io::BufRead::read_line(&mut log, &mut line).unwrap() > 0, "the job ended");
+        if let Some((_, rest)) = line.split_once("metrics at http://") {
+            break rest.trim().trim_end_matches("/metrics").to_owned();
+        }
+    };
+    std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
+    let fetch = || {
+        let mut stream = std::net::TcpStream::connect(&address).unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text
+    };
+    let text = loop {
+        let text = fetch();
+        if text.contains("tidemill_impressions_total") {
+            break text;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let value = |name: &str| -> f64 {
+        let line = text.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("no {name} in {text}"));
+        line.rsplit(' ').next().unwrap().parse().unwrap()
+    };
+    assert_eq!(value("tidemill_conservation_gap{of=\"impressions\"}"), 0.0);
+    assert_eq!(value("tidemill_conservation_gap{of=\"clicks\"}"), 0.0);
+    assert!(value("tidemill_impressions_total{outcome=\"negative\"}") > 0.0);
+    assert!(value("tidemill_batches_total") > 0.0);
+}

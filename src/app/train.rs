@@ -123,7 +123,6 @@ pub fn run(
         last_checkpoint: Instant::now(),
         batches_at_checkpoint: core.place().batches,
         last_publish: None,
-        measured: Instant::now(),
         next_mark: None,
         frozen: false,
         kept: Ok(()),
@@ -165,6 +164,10 @@ pub fn run(
         }
         if shown.elapsed() > Duration::from_secs(1) {
             shown = Instant::now();
+            if let Some(frontier) = core.place().frontier {
+                let (counts, waiting) = core.join().settled();
+                telemetry::boundary(counts, &core.merge().counts(), waiting, frontier.time, core.place().batches);
+            }
             let report = core.progress.report();
             progress.show(&Tick {
                 impressions: core.join().counts.impressions,
@@ -240,8 +243,6 @@ struct Running<'a> {
     last_checkpoint: Instant,
     batches_at_checkpoint: u64,
     last_publish: Option<Instant>,
-    /// When the counters were last handed to telemetry.
-    measured: Instant,
     /// Event time of the next publication mark.
     next_mark: Option<Time>,
     /// The checkpoint to resume from lies behind: windows are cut from here on.
@@ -260,11 +261,6 @@ impl Running<'_> {
         let Some(frontier) = core.place().frontier.map(|key| key.time) else { return Ok(()) };
         if core.place().batches >= u64::from(u32::MAX) - 1 {
             return Err(Error::TooManyBatches(core.place().batches));
-        }
-        if self.measured.elapsed() >= Duration::from_secs(1) {
-            self.measured = Instant::now();
-            let (merge, join) = (core.merge(), core.join());
-            telemetry::boundary(&join.counts, &merge.counts(), join.waiting(), frontier, core.place().batches);
         }
         for window in core.progress.take_closed_windows() {
             telemetry::window(&window.metrics);

@@ -47,6 +47,9 @@ impl Train {
             None => Until::Stopped,
         };
         let options = Options { until, follow: self.follow, predictions: self.predictions.clone() };
+        if let Some(listen) = checked.config.telemetry.listen {
+            crate::app::exporter::start(listen)?;
+        }
         let stop = stop_on_signal()?;
         let mut progress = Lines::new(self.json);
         let summary = train::run(&checked, &options, &stop, &mut progress)?;

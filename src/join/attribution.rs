@@ -154,8 +154,9 @@ pub struct Join {
     waiting: u64,
     pub counts: Counts,
     delays: DelayCurve,
-    /// What [`Join::at_boundary`] needs to go back: the state of the counts, and every click decided since.
-    settled: (Counts, DelayCurve),
+    /// What [`Join::at_boundary`] needs to go back: the counts, delays and number of waiting clicks at the boundary, and
+    /// every click decided since.
+    settled: (Counts, DelayCurve, u64),
     decided: Vec<Click>,
 }
 
@@ -173,7 +174,7 @@ impl Join {
             waiting: 0,
             counts: Counts::default(),
             delays: DelayCurve::default(),
-            settled: (Counts::default(), DelayCurve::default()),
+            settled: (Counts::default(), DelayCurve::default(), 0),
             decided: Vec::new(),
         }
     }
@@ -182,6 +183,12 @@ impl Join {
     #[must_use]
     pub fn waiting(&self) -> u64 {
         self.waiting
+    }
+
+    /// Counts and number of waiting clicks at the last batch boundary, where both conservation laws hold.
+    #[must_use]
+    pub fn settled(&self) -> (&Counts, u64) {
+        (&self.settled.0, self.settled.2)
     }
 
     #[must_use]
@@ -348,6 +355,7 @@ impl Join {
         self.decided.clear();
         self.settled.0 = self.counts;
         self.settled.1.counts.clone_from(&self.delays.counts);
+        self.settled.2 = self.waiting;
     }
 
     /// The state at the last boundary. Clicks that were placed after it are included: their place says so.
@@ -356,7 +364,7 @@ impl Join {
         let live = self.nodes.iter().filter(|node| node.serial != 0).map(|node| node.click);
         let mut clicks: Vec<Click> = live.chain(self.decided.iter().copied()).collect();
         clicks.sort_unstable();
-        let (counts, delays) = self.settled.clone();
+        let (counts, delays, _) = self.settled.clone();
         Image { clicks, seen: self.seen.at_boundary(), counts, delays }
     }
 
@@ -367,6 +375,6 @@ impl Join {
         self.counts = image.counts;
         self.delays = image.delays;
         placed.for_each(|click| self.wait(click));
-        self.settled = (self.counts, self.delays.clone());
+        self.settled = (self.counts, self.delays.clone(), self.waiting);
     }
 }
