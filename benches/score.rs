@@ -60,8 +60,12 @@ fn snapshot(schema: &Schema) -> Snapshot {
     let mut slots = Vec::new();
     // The rows that requests ask for come from here: users, items, authors and users crossed with categories.
     for i in 0.. {
-        if ids.len() > ROWS + ROWS / 50 {
-            break;
+        if i % 50_000 == 0 {
+            ids.sort_unstable();
+            ids.dedup();
+            if ids.len() >= ROWS {
+                break;
+            }
         }
         slots.clear();
         let chosen = random.next_u64() % ITEMS;
@@ -71,13 +75,7 @@ fn snapshot(schema: &Schema) -> Snapshot {
         encoder.push_u64(cat, category(chosen)).unwrap();
         encoder.finish(&mut slots);
         ids.extend(slots.iter().map(|slot| slot.row));
-        if i % 50_000 == 0 {
-            ids.sort_unstable();
-            ids.dedup();
-        }
     }
-    ids.sort_unstable();
-    ids.dedup();
     let values = (0..ids.len()).map(|_| (random.next_u64() % 2000) as f32 / 1000.0 - 1.0).collect();
     let manifest = Manifest {
         format: MANIFEST_FORMAT.to_owned(),

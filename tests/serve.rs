@@ -586,6 +586,21 @@ fn bad_requests_are_answered_with_what_is_wrong() {
 }
 
 #[test]
+fn connections_that_say_nothing_are_closed() {
+    let dir = tempfile::tempdir().unwrap();
+    let serving = Serving::start(dir.path(), &["http.idle=\"200ms\""]);
+    let (mut silent, mut half, mut idle) = (serving.connect(), serving.connect(), serving.connect());
+    half.send("POST /v1/score HTTP/1.1\r\nhost:");
+    assert_eq!(idle.request("GET", "/healthz", "").0, 200);
+    for (what, client) in [("silent", &mut silent), ("half a head", &mut half), ("idle", &mut idle)] {
+        // The end of the stream, after an answer at most; a read that timed out would be an error.
+        let mut rest = Vec::new();
+        let read = client.0.read_to_end(&mut rest);
+        assert!(read.is_ok() && rest.len() < 500, "{what}: {read:?}");
+    }
+}
+
+#[test]
 fn sigterm_finishes_the_requests_that_are_open() {
     let mut shop = Shop::new();
     let version = shop.publish();
