@@ -300,20 +300,24 @@ fn refuse<T>(key: impl Into<String>, expected: impl Into<String>, value: impl st
     Err(Error::Setting { key: key.into(), expected: expected.into(), value: value.to_string() })
 }
 
+/// Reads a TOML file and lays `key.path=value` settings over it.
+pub fn read<T: serde::de::DeserializeOwned>(path: &Path, overrides: &[String]) -> Result<T, Error> {
+    let text = std::fs::read_to_string(path).map_err(|source| Error::Unreadable { path: path.to_owned(), source })?;
+    let syntax = |source| Error::Syntax { path: path.to_owned(), source: Box::new(source) };
+    if overrides.is_empty() {
+        return toml::from_str(&text).map_err(syntax); // keeps line numbers in messages
+    }
+    let mut table: toml::Table = toml::from_str(&text).map_err(syntax)?;
+    for text in overrides {
+        set(&mut table, text).map_err(|reason| Error::Override { text: text.clone(), reason })?;
+    }
+    table.try_into().map_err(syntax)
+}
+
 impl Config {
-    /// Reads a TOML file and lays `key.path=value` settings over it.
+    /// Reads the file of a training job, see [`read`].
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self, Error> {
-        let text =
-            std::fs::read_to_string(path).map_err(|source| Error::Unreadable { path: path.to_owned(), source })?;
-        let syntax = |source| Error::Syntax { path: path.to_owned(), source: Box::new(source) };
-        if overrides.is_empty() {
-            return toml::from_str(&text).map_err(syntax); // keeps line numbers in messages
-        }
-        let mut table: toml::Table = toml::from_str(&text).map_err(syntax)?;
-        for text in overrides {
-            set(&mut table, text).map_err(|reason| Error::Override { text: text.clone(), reason })?;
-        }
-        table.try_into().map_err(syntax)
+        read(path, overrides)
     }
 
     /// Checks everything that can be checked without touching a file or a store.

@@ -20,6 +20,7 @@ pub mod batch; // examples -> mini-batches, cut by count and event time; pure
 pub mod model; // sparse tables and the models on them
 pub mod train; // score, learn, measure, checkpoint
 pub mod snapshot; // versioned weights in a store
+pub mod serve; // versions swapped in under requests, and scored
 pub mod generate; // a synthetic stream with a known truth
 
 pub mod app; // wiring: threads, channels, shutdown

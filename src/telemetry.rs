@@ -2,7 +2,7 @@
 //!
 //! Counters end in `_total`, times are seconds, sizes bytes. They go through the `metrics` facade.
 
-use metrics::{counter, gauge};
+use metrics::{counter, gauge, histogram};
 
 use crate::event::Time;
 use crate::join::Counts;
@@ -80,4 +80,40 @@ pub fn checkpointed(seconds: f64) {
 /// A checkpoint could not be written.
 pub fn checkpoint_failed() {
     counter!("tidemill_checkpoint_failures_total").increment(1);
+}
+
+/// A node serves another version, which it had loaded and proved in so many seconds.
+pub fn swapped(version: u64, published: Time, frontier: Option<Time>, rows: usize, seconds: f64) {
+    counter!("tidemill_serve_swaps_total").increment(1);
+    gauge!("tidemill_serve_version").set(version as f64);
+    gauge!("tidemill_serve_published_timestamp_seconds").set(published.0 as f64 / 1000.0);
+    if let Some(frontier) = frontier {
+        gauge!("tidemill_serve_frontier_timestamp_seconds").set(frontier.0 as f64 / 1000.0);
+    }
+    gauge!("tidemill_serve_rows").set(rows as f64);
+    gauge!("tidemill_serve_load_seconds").set(seconds);
+}
+
+/// A node refused a version.
+pub fn refused(version: u64) {
+    counter!("tidemill_serve_refused_total").increment(1);
+    gauge!("tidemill_serve_refused_version").set(version as f64);
+}
+
+/// Whether a node can follow its channel: it asked the store, in vain if `problem`.
+pub fn followed(problem: bool) {
+    counter!("tidemill_serve_polls_total", "outcome" => if problem { "failed" } else { "answered" }).increment(1);
+    gauge!("tidemill_serve_store_away").set(if problem { 1.0 } else { 0.0 });
+}
+
+/// A request for scores was answered.
+pub fn request(outcome: &'static str, candidates: usize, seconds: f64) {
+    counter!("tidemill_serve_requests_total", "outcome" => outcome).increment(1);
+    counter!("tidemill_serve_candidates_total").increment(candidates as u64);
+    histogram!("tidemill_serve_request_seconds").record(seconds);
+}
+
+/// Requests for scores that are being answered.
+pub fn in_flight(requests: usize) {
+    gauge!("tidemill_serve_requests_in_flight").set(requests as f64);
 }

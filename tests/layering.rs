@@ -18,6 +18,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("model", &["event"]),
     ("train", &["event", "position", "merge", "join", "batch", "model"]),
     ("snapshot", &["event", "clock"]),
+    ("serve", &["event", "clock", "telemetry", "feature", "source", "snapshot"]),
     ("generate", &["event"]),
     ("config", &["event", "feature", "source", "merge", "join", "model", "train", "snapshot"]),
     (
@@ -40,7 +41,10 @@ const ROOMS: &[(&str, &[&str])] = &[
     ),
     (
         "cli",
-        &["event", "position", "feature", "source", "merge", "join", "train", "snapshot", "generate", "config", "app"],
+        &[
+            "event", "position", "feature", "source", "merge", "join", "train", "snapshot", "serve", "generate",
+            "config", "app",
+        ],
     ),
 ];
 
@@ -62,7 +66,12 @@ const FOREIGN: &[(&str, &[&str])] = &[
     ("zstd", &["src/source/file.rs", "src/cli/generate.rs"]),
     ("clap", &["src/cli/"]),
     ("anyhow", &["src/cli/"]),
-    ("tokio", &["src/app/publisher.rs", "src/cli/", "src/snapshot/store.rs"]),
+    ("tokio", &["src/app/publisher.rs", "src/cli/", "src/snapshot/store.rs", "src/serve/reload.rs", "src/serve/http.rs"]),
+    ("axum", &["src/serve/http.rs"]),
+    ("hyper", &["src/serve/http.rs"]),
+    ("hyper_util", &["src/serve/http.rs"]),
+    ("arc_swap", &["src/serve/reload.rs"]),
+    ("metrics_exporter_prometheus", &["src/cli/serve.rs"]),
     ("crossbeam_channel", &["src/app/keeper.rs", "src/cli/generate.rs", "src/source/pool.rs"]),
     ("metrics", &["src/telemetry.rs"]),
     ("toml", &["src/config.rs"]),

@@ -148,6 +148,9 @@ fn every_shipped_configuration_fits_the_code() {
     let mut seen = 0;
     for entry in std::fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
+        if path.file_name().unwrap() == "serve.toml" {
+            continue; // of another command; tests/serve.rs
+        }
         let config = Config::load(&path, &[]).and_then(|config| config.check(None));
         assert!(config.is_ok(), "{}: {}", path.display(), config.err().unwrap());
         seen += 1;

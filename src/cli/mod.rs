@@ -3,6 +3,7 @@
 pub mod check;
 pub mod generate;
 pub mod score;
+pub mod serve;
 pub mod snapshots;
 pub mod train;
 
@@ -23,6 +24,7 @@ struct Cli {
 enum Command {
     Train(train::Train),
     Score(score::Score),
+    Serve(serve::Serve),
     Check(check::Check),
     Generate(generate::Generate),
     Snapshots(snapshots::Snapshots),
@@ -58,6 +60,7 @@ pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Train(command) => command.run(),
         Command::Score(command) => command.run(),
+        Command::Serve(command) => command.run(),
         Command::Check(command) => command.run(),
         Command::Generate(command) => command.run(),
         Command::Snapshots(command) => command.run(),

@@ -5,7 +5,7 @@
 
 use std::fmt::{Display, Write};
 
-use super::schema::{Number, Role, Rule, Scalar, Schema, row_of};
+use super::schema::{Cross, Number, Role, Rule, Scalar, Schema, row_of};
 use crate::event::Slot;
 
 /// Slot values lie in `-BOUND..=BOUND`.
@@ -216,31 +216,12 @@ impl Encoder {
                     out.push(Slot { row: cross_row(cross.seed, &[a.row, b.row, c.row]), value, feature, flags: 0 });
                 }
                 _ => {
-                    let of = |part: usize| base + self.starts[part]..base + self.starts[part + 1];
-                    let mut left = cross.max;
-                    'full: for a in of(cross.parts[0]) {
-                        for b in of(cross.parts[1]) {
-                            let pair = bounded(out[a].value * out[b].value);
-                            if let Some(&c) = cross.parts.get(2) {
-                                for c in of(c) {
-                                    if left == 0 {
-                                        break 'full;
-                                    }
-                                    left -= 1;
-                                    let row = cross_row(cross.seed, &[out[a].row, out[b].row, out[c].row]);
-                                    let value = bounded(pair * out[c].value);
-                                    out.push(Slot { row, value, feature, flags: 0 });
-                                }
-                            } else {
-                                if left == 0 {
-                                    break 'full;
-                                }
-                                left -= 1;
-                                let row = cross_row(cross.seed, &[out[a].row, out[b].row]);
-                                out.push(Slot { row, value: pair, feature, flags: 0 });
-                            }
-                        }
+                    let (starts, parts) = (&self.starts, &cross.parts);
+                    let mut lens = [0; 3];
+                    for (len, &part) in lens.iter_mut().zip(parts) {
+                        *len = starts[part + 1] - starts[part];
                     }
+                    write_cross(cross, feature, lens, out, |out, part, k| out[base + starts[parts[part]] + k]);
                 }
             }
         }
@@ -266,28 +247,33 @@ impl Encoder {
 
     fn write_bags(&mut self, out: &mut Vec<Slot>) {
         let base = out.len();
-        for (i, cell) in self.cells.iter().enumerate() {
+        for i in 0..self.cells.len() {
             self.starts[i] = out.len() - base;
-            let bag = &self.bags[i];
-            let Rule::Bag { max_len, last } = self.schema.features[i].rule else {
-                out.push(*cell);
-                continue;
-            };
-            let cut = bag.len().saturating_sub(max_len);
-            let kept = if last { &bag[cut..] } else { &bag[..bag.len() - cut] };
-            if kept.is_empty() {
-                out.push(*cell);
-                continue;
-            }
-            let norm = kept.iter().map(|(_, weight)| weight * weight).sum::<f64>().sqrt();
-            out.extend(kept.iter().map(|&(row, weight)| Slot {
-                row,
-                value: (weight / norm) as f32,
-                feature: i as u16,
-                flags: 0,
-            }));
+            self.write_feature(i, out);
         }
         self.starts[self.cells.len()] = out.len() - base;
+    }
+
+    /// Adds the slots of one feature, at least one.
+    pub(super) fn write_feature(&self, feature: usize, out: &mut Vec<Slot>) {
+        let bag = &self.bags[feature];
+        let Rule::Bag { max_len, last } = self.schema.features[feature].rule else {
+            out.push(self.cells[feature]);
+            return;
+        };
+        let cut = bag.len().saturating_sub(max_len);
+        let kept = if last { &bag[cut..] } else { &bag[..bag.len() - cut] };
+        if kept.is_empty() {
+            out.push(self.cells[feature]);
+            return;
+        }
+        let norm = kept.iter().map(|(_, weight)| weight * weight).sum::<f64>().sqrt();
+        out.extend(kept.iter().map(|&(row, weight)| Slot {
+            row,
+            value: (weight / norm) as f32,
+            feature: feature as u16,
+            flags: 0,
+        }));
     }
 
     #[inline]
@@ -362,6 +348,42 @@ impl Encoder {
                 text.push_str(", ");
             }
             write!(text, "{shown}").expect("a String takes all");
+        }
+    }
+}
+
+/// Adds the slots of a cross, at least one: all combinations of its parts' slots up to its maximum, the last part turning
+/// fastest. `lens` says how many slots each part has; `slot(out, part, k)` is the `k`-th of them, which may lie in `out`.
+#[inline]
+pub(super) fn write_cross(
+    cross: &Cross,
+    feature: u16,
+    lens: [usize; 3],
+    out: &mut Vec<Slot>,
+    slot: impl Fn(&[Slot], usize, usize) -> Slot,
+) {
+    let mut left = cross.max;
+    for a in 0..lens[0] {
+        for b in 0..lens[1] {
+            let (a, b) = (slot(out, 0, a), slot(out, 1, b));
+            let pair = bounded(a.value * b.value);
+            if cross.parts.len() == 2 {
+                if left == 0 {
+                    return;
+                }
+                left -= 1;
+                out.push(Slot { row: cross_row(cross.seed, &[a.row, b.row]), value: pair, feature, flags: 0 });
+                continue;
+            }
+            for c in 0..lens[2] {
+                if left == 0 {
+                    return;
+                }
+                left -= 1;
+                let c = slot(out, 2, c);
+                let row = cross_row(cross.seed, &[a.row, b.row, c.row]);
+                out.push(Slot { row, value: bounded(pair * c.value), feature, flags: 0 });
+            }
         }
     }
 }

@@ -2,9 +2,11 @@
 //!
 //! The rules are written down, with test vectors, in `docs/encoding.md`.
 pub mod encode;
+pub mod overlay;
 pub mod schema;
 
 pub use encode::{Encoder, Mismatch};
+pub use overlay::Overlay;
 pub use schema::{CrossSettings, FeatureSettings, Schema};
 
 /// Why a schema cannot be used.

@@ -127,20 +127,22 @@ impl Store {
         let Some(bytes) = self.read(&key).await? else {
             return Err(Error::Missing { key, named_by: named_by.to_owned() });
         };
-        let manifest: Manifest = document(&key, &bytes)?;
-        if manifest.version == version {
-            Ok(manifest)
-        } else {
-            let reason = format!("is the manifest of version {}, which is not its place", manifest.version);
-            Err(Error::Content { key, reason })
-        }
+        placed(version, &key, &bytes)
     }
 
     /// Loads a version and checks all of it: digests, lengths, names, types, shapes, the order of ids, that all weights are
     /// finite, and the golden vectors.
     pub async fn load(&self, version: Version) -> Result<Snapshot> {
-        let manifest = self.manifest(version, "who asked for this version").await?;
+        Ok(self.load_raw(version).await?.0)
+    }
+
+    /// As [`Store::load`], with the bytes that were read, for [`Store::keep_only`].
+    pub async fn load_raw(&self, version: Version) -> Result<(Snapshot, Raw)> {
         let key = manifest_key(version);
+        let Some(sealed) = self.read(&key).await? else {
+            return Err(Error::Missing { key, named_by: "who asked for this version".to_owned() });
+        };
+        let manifest = placed(version, &key, &sealed)?;
         let content = |reason: String| Error::Content { key: key.clone(), reason };
         if manifest.model.kind != "logistic" {
             return Err(content(format!(
@@ -169,7 +171,30 @@ impl Store {
         }
         let snapshot = Snapshot { manifest, weights };
         snapshot.prove(|slots| snapshot.logit(slots))?;
-        Ok(snapshot)
+        let raw = Raw { objects: vec![(object_key(snapshot.manifest.objects[0].digest), bytes), (key, sealed)] };
+        Ok((snapshot, raw))
+    }
+
+    /// Makes this store hold the objects of one version and no others, and no channel: a cache. The version is complete
+    /// before an older one goes.
+    pub async fn keep_only(&self, raw: &Raw) -> Result<()> {
+        for (key, bytes) in &raw.objects {
+            if let Created::Taken(_) = self.create_only(key, std::slice::from_ref(bytes)).await? {
+                self.delete(key).await?;
+                self.create_only(key, std::slice::from_ref(bytes)).await?;
+            }
+        }
+        for folder in ["manifests", "objects"] {
+            for key in self.list(folder).await?.into_keys() {
+                if !raw.objects.iter().any(|(kept, _)| *kept == key) {
+                    self.delete(&key).await?;
+                }
+            }
+        }
+        let swept = self.sweep(crate::clock::now());
+        swept.map(|_| ()).map_err(|e| {
+            refusal("the cache", object_store::Error::Generic { store: "LocalFileSystem", source: e.into() })
+        })
     }
 
     /// Loads what a channel names now; none if it names nothing yet.
@@ -312,6 +337,12 @@ impl Store {
     }
 }
 
+/// The objects of a version as they stand in a store, the manifest last.
+#[derive(Clone, Debug)]
+pub struct Raw {
+    objects: Vec<(String, Bytes)>,
+}
+
 /// A version that was loaded and passed every check.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Snapshot {
@@ -346,6 +377,21 @@ impl Follower {
     #[must_use]
     pub fn new(store: Store, channel: impl Into<String>) -> Self {
         Self { store, channel: channel.into(), last: None }
+    }
+
+    /// Whether the entry that counted at the last call is still there. Entries are never deleted, so if it is not, the
+    /// store is away, emptied or another one; [`Follower::poll`] alone sees only that there is nothing new.
+    pub async fn still_there(&self) -> Result<bool> {
+        match &self.last {
+            None => Ok(true),
+            Some(last) => Ok(self.store.entry(&self.channel, last.number).await?.as_ref() == Some(last)),
+        }
+    }
+
+    /// What the channel named at the last call.
+    #[must_use]
+    pub fn named(&self) -> Option<Version> {
+        self.last.as_ref().and_then(|entry| entry.version)
     }
 
     /// Returns what the channel names, if that is another version than at the call before; else nothing. Versions
@@ -407,6 +453,16 @@ fn directory(url: &str) -> Result<PathBuf> {
             refuse(format!("`{scheme}` comes with object stores; this version knows a directory or `file://`"))
         }
     }
+}
+
+/// The manifest in `bytes`, which must be that of the version whose key it has.
+fn placed(version: Version, key: &str, bytes: &[u8]) -> Result<Manifest> {
+    let manifest: Manifest = document(key, bytes)?;
+    if manifest.version == version {
+        return Ok(manifest);
+    }
+    let reason = format!("is the manifest of version {}, which is not its place", manifest.version);
+    Err(Error::Content { key: key.to_owned(), reason })
 }
 
 pub(super) fn document<D: Document>(key: &str, bytes: &[u8]) -> Result<D> {

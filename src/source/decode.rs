@@ -6,6 +6,7 @@
 //! remembers which key came after which, and a key that comes where it is expected costs one comparison.
 
 mod json;
+pub mod request;
 
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
@@ -260,6 +261,8 @@ struct Walker {
     slate: Option<usize>,
     /// Why the record cannot be used.
     problem: String,
+    /// The node at which it was refused.
+    refused: usize,
 }
 
 impl Decoder {
@@ -291,6 +294,7 @@ impl Decoder {
             objects: 0,
             slate: None,
             problem: String::new(),
+            refused: ROOT,
         };
         let mut decoder = Self {
             walker,
@@ -747,23 +751,7 @@ impl Walker {
         let this = self.objects;
         let mut before = NO_KEY;
         while more {
-            let here = &mut self.nodes[node];
-            let guess = if before == NO_KEY { here.first } else { here.keys[before].next };
-            let found = match here.keys.get(guess) {
-                Some(key) if json.expect_key(&key.written) => guess,
-                _ => here.find(before, json.key(scratch)?),
-            };
-            let mut child = None;
-            if let Some(key) = here.keys.get_mut(found) {
-                before = found;
-                child = key.node;
-                if key.object == this
-                    && let Some(child) = child
-                {
-                    return self.refuse(child, "is there twice");
-                }
-                key.object = this;
-            }
+            let child = self.member(json, scratch, node, this, &mut before)?;
             match child {
                 None => json.skip()?,
                 child => self.value(json, scratch, child, None, false)?,
@@ -771,6 +759,35 @@ impl Walker {
             more = json.more(b'}')?;
         }
         Ok(())
+    }
+
+    /// Takes a key of object number `this` at a node: the child that it leads to, if some path names it. `before` is the
+    /// key that came before, [`NO_KEY`] at the start.
+    #[inline(always)]
+    fn member(
+        &mut self,
+        json: &mut Scanner<'_>,
+        scratch: &mut String,
+        node: usize,
+        this: u64,
+        before: &mut usize,
+    ) -> Result<Option<usize>, Stop> {
+        let here = &mut self.nodes[node];
+        let guess = if *before == NO_KEY { here.first } else { here.keys[*before].next };
+        let found = match here.keys.get(guess) {
+            Some(key) if json.expect_key(&key.written) => guess,
+            _ => here.find(*before, json.key(scratch)?),
+        };
+        let Some(key) = here.keys.get_mut(found) else { return Ok(None) };
+        *before = found;
+        let child = key.node;
+        if key.object == this
+            && let Some(child) = child
+        {
+            return self.refuse(child, "is there twice").map(|()| None);
+        }
+        key.object = this;
+        Ok(child)
     }
 
     /// Gives a scalar to all that the node is for.
@@ -904,6 +921,7 @@ impl Walker {
     #[cold]
     fn refuse(&mut self, node: usize, problem: &str) -> Result<(), Stop> {
         let path = &self.nodes[node].path;
+        self.refused = node;
         self.problem = if path.is_empty() { format!("the record {problem}") } else { format!("`{path}` {problem}") };
         Err(Stop::Refused)
     }

@@ -1,0 +1,118 @@
+//! From row id to weight, one cache line a look-up.
+
+use crate::snapshot::Weights;
+
+/// Rows in a line.
+const LANES: usize = 5;
+
+/// Five rows in one cache line. Lanes fill from the first; id 0 is an empty lane.
+#[derive(Clone, Copy, Default)]
+#[repr(C, align(64))]
+struct Line {
+    ids: [u64; LANES],
+    weights: [f32; LANES],
+}
+
+/// An open-addressing table of weights, filled once. Ids are uniform hashes, so an id's place in `u64` is its home line. 70 %
+/// of the lanes are taken: 18 bytes a row, where the sorted columns of a snapshot have 12 and a look-up misses the cache
+/// several times.
+pub struct Index {
+    lines: Vec<Line>,
+    rows: usize,
+}
+
+impl Index {
+    /// Takes the ids and weights of a model, ids ascending and free of 0 (as [`Weights`] has checked).
+    #[must_use]
+    pub fn new(weights: &Weights) -> Self {
+        let rows = weights.ids().len();
+        let mut lines = vec![Line::default(); (rows * 10).div_ceil(LANES * 7).max(1)];
+        for (&id, &weight) in weights.ids().iter().zip(weights.weights()) {
+            let mut at = home(&lines, id);
+            loop {
+                if let Some(lane) = lines[at].ids.iter().position(|id| *id == 0) {
+                    (lines[at].ids[lane], lines[at].weights[lane]) = (id, weight);
+                    break;
+                }
+                at = after(&lines, at);
+            }
+        }
+        Self { lines, rows }
+    }
+
+    /// Weight of a row, if it has one.
+    #[inline]
+    #[must_use]
+    pub fn get(&self, id: u64) -> Option<f32> {
+        if id == 0 {
+            return None;
+        }
+        let mut at = home(&self.lines, id);
+        loop {
+            let line = &self.lines[at];
+            // Without a branch for each lane.
+            let mut found = LANES;
+            for lane in (0..LANES).rev() {
+                found = if line.ids[lane] == id { lane } else { found };
+            }
+            if found < LANES {
+                return Some(line.weights[found]);
+            }
+            if line.ids[LANES - 1] == 0 {
+                return None;
+            }
+            at = after(&self.lines, at);
+        }
+    }
+
+    /// Number of rows.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.rows
+    }
+
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.rows == 0
+    }
+
+    /// Memory held, in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.lines.len() * size_of::<Line>()
+    }
+}
+
+#[inline(always)]
+fn home(lines: &[Line], id: u64) -> usize {
+    (u128::from(id) * lines.len() as u128 >> 64) as usize
+}
+
+#[inline(always)]
+fn after(lines: &[Line], at: usize) -> usize {
+    if at + 1 == lines.len() { 0 } else { at + 1 }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn it_finds_what_the_sorted_columns_hold(
+            ids in prop::collection::btree_set(prop_oneof![1u64.., 1u64..200, (u64::MAX - 200)..], 0..300),
+            others in prop::collection::vec(any::<u64>(), 20),
+        ) {
+            let ids: Vec<u64> = ids.into_iter().collect();
+            let values: Vec<f32> = (0..ids.len()).map(|i| i as f32 - 7.5).collect();
+            let weights = Weights::new(ids.clone(), values.clone(), 0.0, vec![]).unwrap();
+            let index = Index::new(&weights);
+            prop_assert_eq!(index.len(), ids.len());
+            for id in ids.iter().copied().chain(others).chain([0, 1, u64::MAX]) {
+                prop_assert_eq!(index.get(id), ids.binary_search(&id).ok().map(|at| values[at]));
+            }
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! One version, ready to score.
+
+use super::Error;
+use super::index::Index;
+use crate::clock;
+use crate::event::{Slot, Time};
+use crate::feature::Schema;
+use crate::feature::Overlay;
+use crate::snapshot::{Manifest, Snapshot, Version};
+
+/// A version that passed every check. Immutable: a request that holds it scores with this version from start to end.
+pub struct Model {
+    manifest: Manifest,
+    schema: Schema,
+    index: Index,
+    intercept: f32,
+    /// Of each feature and cross: the weight of its default row.
+    defaults: Vec<f32>,
+    loaded: Time,
+}
+
+impl Model {
+    /// Makes a model of a snapshot that [`Store::load`](crate::snapshot::Store::load) checked. Refuses what this build
+    /// cannot encode for, and weights with which this scorer does not reproduce the golden vectors.
+    pub fn new(snapshot: Snapshot) -> Result<Self, Error> {
+        let Snapshot { manifest, weights } = &snapshot;
+        let refuse = |reason: String| Error::Unservable { version: manifest.version, reason };
+        let schema = Schema::from_json(&manifest.model.schema.to_string())
+            .map_err(|e| refuse(format!("its schema cannot be used: {e}")))?;
+        let (hash, named) = (schema.hash(), &manifest.model.schema_hash);
+        if hash != *named {
+            return Err(refuse(format!("its schema has the hash {hash}, the manifest says {named}")));
+        }
+        let defaults: Vec<u64> = (0..schema.len()).map(|i| schema.default_row(i)).collect();
+        if weights.default_rows() != defaults {
+            return Err(refuse("its default rows are not those of its schema".to_owned()));
+        }
+        let index = Index::new(weights);
+        let defaults = defaults.iter().map(|row| index.get(*row).unwrap_or(0.0)).collect();
+        let mut model = Self {
+            manifest: Manifest { golden: Vec::new(), ..manifest.clone() },
+            schema,
+            index,
+            intercept: weights.intercept(),
+            defaults,
+            loaded: clock::now(),
+        };
+        snapshot.prove(|slots| model.logit(slots))?;
+        model.loaded = clock::now();
+        Ok(model)
+    }
+
+    #[must_use]
+    pub fn version(&self) -> Version {
+        self.manifest.version
+    }
+
+    /// All that the trainer said of this version, less its golden vectors.
+    #[must_use]
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    #[must_use]
+    pub fn schema(&self) -> &Schema {
+        &self.schema
+    }
+
+    /// When this node had proved it.
+    #[must_use]
+    pub fn loaded(&self) -> Time {
+        self.loaded
+    }
+
+    /// Rows with a weight of their own.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.index.len()
+    }
+
+    /// Memory of the weights, in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.index.bytes()
+    }
+
+    /// Logit of an encoded example, bit for bit that of [`Weights::logit`](crate::snapshot::Weights::logit).
+    #[must_use]
+    pub fn logit(&self, slots: &[Slot]) -> f32 {
+        slots.iter().fold(0.0, |sum, slot| sum + self.term(slot)) + self.intercept
+    }
+
+    /// Adds the logit of each candidate to `out`: bit for bit the same as [`Model::logit`] of its whole record, but rows of
+    /// the context are looked up once. `terms` and `sums` are scratch.
+    pub(super) fn logits(&self, overlay: &Overlay, scratch: &mut Scratch, out: &mut Vec<f32>) {
+        let Scratch { terms, sums } = scratch;
+        let (ground, starts) = (overlay.ground(), overlay.starts());
+        terms.clear();
+        terms.extend(ground.iter().map(|slot| self.term(slot)));
+        // The sum of all context slots in front of each feature.
+        sums.clear();
+        let (mut sum, mut at) = (0.0, 0);
+        for &start in starts {
+            sum = terms[at..start].iter().fold(sum, |sum, term| sum + term);
+            at = start;
+            sums.push(sum);
+        }
+        let features = starts.len() - 1;
+        for slots in overlay.candidates() {
+            let mut next = slots.first().map_or(features, |slot| usize::from(slot.feature));
+            let mut sum = sums[next];
+            for slot in slots {
+                let feature = usize::from(slot.feature);
+                if feature >= next {
+                    sum = terms[starts[next]..starts[feature]].iter().fold(sum, |sum, term| sum + term);
+                    next = feature + 1;
+                }
+                sum += self.term(slot);
+            }
+            sum = terms[starts[next.min(features)]..].iter().fold(sum, |sum, term| sum + term);
+            out.push(sum + self.intercept);
+        }
+    }
+
+    #[inline(always)]
+    fn term(&self, slot: &Slot) -> f32 {
+        let weight = match self.index.get(slot.row) {
+            Some(weight) => weight,
+            None => self.defaults.get(usize::from(slot.feature)).copied().unwrap_or(0.0),
+        };
+        weight * slot.value
+    }
+}
+
+/// What scoring needs room for.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Scratch {
+    terms: Vec<f32>,
+    sums: Vec<f32>,
+}
+
+impl std::fmt::Debug for Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Model").field("version", &self.version()).field("rows", &self.rows()).finish_non_exhaustive()
+    }
+}
