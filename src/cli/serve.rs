@@ -28,8 +28,7 @@ pub struct Serve {
 }
 
 /// Upper bounds of the latency histogram, in seconds.
-const LATENCIES: [f64; 14] =
-    [5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0];
+const LATENCIES: [f64; 14] = [5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0];
 
 /// How often the exporter tidies up when nobody reads it.
 const UPKEEP: Duration = Duration::from_secs(5);

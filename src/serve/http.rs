@@ -352,7 +352,8 @@ fn write(version: u64, scores: &[Score], ids: Option<&str>) -> Vec<u8> {
 
 async fn model(State(shared): State<Arc<Shared>>) -> Response {
     let Some(model) = shared.node.model() else {
-        return Failure::new(StatusCode::SERVICE_UNAVAILABLE, "not_ready", "no model yet; /readyz says why").into_response();
+        return Failure::new(StatusCode::SERVICE_UNAVAILABLE, "not_ready", "no model yet; /readyz says why")
+            .into_response();
     };
     let (manifest, now) = (model.manifest(), clock::now());
     let seconds = |ms: i64| ms as f64 / 1000.0;

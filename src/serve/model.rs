@@ -4,8 +4,8 @@ use super::Error;
 use super::index::Index;
 use crate::clock;
 use crate::event::{Slot, Time};
-use crate::feature::Schema;
 use crate::feature::Overlay;
+use crate::feature::Schema;
 use crate::snapshot::{Manifest, Snapshot, Version};
 
 /// A version that passed every check. Immutable: a request that holds it scores with this version from start to end.

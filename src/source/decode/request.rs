@@ -186,7 +186,9 @@ impl RequestDecoder {
     fn refusal(&mut self, end: End, part: Part, at: usize) -> Refused {
         let refused = |wrong, problem| Refused { part, wrong, field: None, problem };
         match end {
-            End::Stop(Stop::Syntax(problem)) => refused(Wrong::Syntax, format!("invalid JSON: {problem}, at byte {at}")),
+            End::Stop(Stop::Syntax(problem)) => {
+                refused(Wrong::Syntax, format!("invalid JSON: {problem}, at byte {at}"))
+            }
             End::Stop(Stop::Refused) => {
                 let path = &self.walker.nodes[self.walker.refused].path;
                 let field = (!path.is_empty()).then(|| path.clone());
@@ -381,8 +383,11 @@ mod tests {
 
     fn schema(features: Value, crosses: Value) -> Schema {
         let (features, crosses) = (features.to_string(), crosses.to_string());
-        Schema::new(&serde_json::from_str::<Vec<_>>(&features).unwrap(), &serde_json::from_str::<Vec<_>>(&crosses).unwrap())
-            .unwrap()
+        Schema::new(
+            &serde_json::from_str::<Vec<_>>(&features).unwrap(),
+            &serde_json::from_str::<Vec<_>>(&crosses).unwrap(),
+        )
+        .unwrap()
     }
 
     fn plain() -> Schema {
@@ -466,8 +471,10 @@ mod tests {
     }
 
     fn members() -> impl Strategy<Value = Map<String, Value>> {
-        let scalar = || prop_oneof![Just(Value::Null), (0u64..4).prop_map(Value::from), "[a-c]{0,2}".prop_map(Value::from)];
-        let number = prop_oneof![Just(Value::Null), (0u64..99).prop_map(Value::from), (0.0..9.0f64).prop_map(Value::from)];
+        let scalar =
+            || prop_oneof![Just(Value::Null), (0u64..4).prop_map(Value::from), "[a-c]{0,2}".prop_map(Value::from)];
+        let number =
+            prop_oneof![Just(Value::Null), (0u64..99).prop_map(Value::from), (0.0..9.0f64).prop_map(Value::from)];
         let list = || prop::collection::vec(scalar(), 0..4).prop_map(Value::from);
         let user = prop_oneof![
             1 => Just(Value::Null),
