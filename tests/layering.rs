@@ -36,6 +36,8 @@ const ROOMS: &[(&str, &[&str])] = &[
             "model",
             "train",
             "snapshot",
+            "serve",
+            "generate",
             "config",
         ],
     ),
@@ -69,6 +71,7 @@ const FOREIGN: &[(&str, &[&str])] = &[
     (
         "tokio",
         &[
+            "src/app/demo/",
             "src/app/exporter.rs",
             "src/app/publisher.rs",
             "src/cli/",
@@ -81,7 +84,7 @@ const FOREIGN: &[(&str, &[&str])] = &[
     ("hyper", &["src/serve/http.rs"]),
     ("hyper_util", &["src/serve/http.rs"]),
     ("arc_swap", &["src/serve/reload.rs"]),
-    ("metrics_exporter_prometheus", &["src/cli/serve.rs", "src/app/exporter.rs"]),
+    ("metrics_exporter_prometheus", &["src/cli/demo.rs", "src/cli/serve.rs", "src/app/exporter.rs"]),
     ("crossbeam_channel", &["src/app/keeper.rs", "src/cli/generate.rs", "src/source/pool.rs"]),
     ("metrics", &["src/telemetry.rs"]),
     ("toml", &["src/config.rs"]),

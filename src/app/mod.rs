@@ -1,6 +1,7 @@
 //! Wiring: builds the stages from the last to the first; owns threads, channels and shutdown.
 
 pub mod dead_letters;
+pub mod demo;
 pub mod exporter;
 pub mod input;
 pub mod job;

@@ -1,6 +1,7 @@
 //! The command line: one file per command.
 
 pub mod check;
+pub mod demo;
 pub mod generate;
 pub mod score;
 pub mod serve;
@@ -25,6 +26,7 @@ enum Command {
     Train(train::Train),
     Score(score::Score),
     Serve(serve::Serve),
+    Demo(demo::Demo),
     Check(check::Check),
     Generate(generate::Generate),
     Snapshots(snapshots::Snapshots),
@@ -50,17 +52,21 @@ impl ConfigArgs {
 /// Runs the command line; 0 when all went well, 1 when a promise was broken or something failed, 2 for wrong usage.
 #[must_use]
 pub fn main() -> ExitCode {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("TIDEMILL_LOG").unwrap_or_else(|_| "info".into());
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_target(false)
-        .init();
-    let result = match Cli::parse().command {
+    let command = Cli::parse().command;
+    // The demo has the screen for itself and logs to a file.
+    if !matches!(command, Command::Demo(_)) {
+        tracing_subscriber::fmt()
+            .with_env_filter(log_filter())
+            .with_writer(std::io::stderr)
+            .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+            .with_target(false)
+            .init();
+    }
+    let result = match command {
         Command::Train(command) => command.run(),
         Command::Score(command) => command.run(),
         Command::Serve(command) => command.run(),
+        Command::Demo(command) => command.run(),
         Command::Check(command) => command.run(),
         Command::Generate(command) => command.run(),
         Command::Snapshots(command) => command.run(),
@@ -74,6 +80,10 @@ pub fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn log_filter() -> tracing_subscriber::EnvFilter {
+    tracing_subscriber::EnvFilter::try_from_env("TIDEMILL_LOG").unwrap_or_else(|_| "info".into())
 }
 
 fn broken_pipe(error: &anyhow::Error) -> bool {

@@ -1,0 +1,82 @@
+//! The whole loop through the real command: `tidemill demo` keeps its promises, and leaves what it says.
+
+mod common;
+
+use std::path::Path;
+use std::process::Command;
+
+use common::TIDEMILL;
+use serde_json::Value;
+
+fn demo(args: &[&str]) -> Value {
+    let output = Command::new(TIDEMILL).arg("demo").arg("--json").args(args).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let report: Value = serde_json::from_str(&text)
+        .unwrap_or_else(|_| panic!("no JSON but `{text}`; stderr: {}", String::from_utf8_lossy(&output.stderr)));
+    assert!(output.status.success(), "{report:#}");
+    assert_eq!(report["ok"], true);
+    for promise in report["promises"].as_array().unwrap() {
+        assert_eq!(promise["kept"], true, "{promise}");
+    }
+    let number = |value: &Value| value.as_u64().unwrap();
+    assert!(number(&report["last"]["requests_answered"]) > 0);
+    assert_eq!(number(&report["last"]["requests_failed"]), 0);
+    assert!(number(&report["last"]["swaps"]) >= 3);
+    assert!(number(&report["answers_compared"]) >= number(&report["versions_answered"]));
+    assert_eq!(report["training"]["impression_gap"], 0);
+    assert_eq!(report["training"]["click_gap"], 0);
+    report
+}
+
+fn lines(path: &Path) -> u64 {
+    std::fs::read_to_string(path)
+        .map_or_else(|_| std::fs::read(path).unwrap(), String::into_bytes)
+        .iter()
+        .filter(|byte| **byte == b'\n')
+        .count() as u64
+}
+
+#[test]
+fn a_live_stream_is_learned_published_served_and_asked_for_without_a_failure() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path().join("demo");
+    let report = demo(&["--seconds", "15", "--rate", "1500", "--dir", dir.to_str().unwrap()]);
+    let (last, training) = (&report["last"], &report["training"]);
+
+    let written = lines(&dir.join("impressions-0.jsonl")) + lines(&dir.join("impressions-1.jsonl"));
+    assert_eq!(last["impressions_written"], written);
+    assert_eq!(last["clicks_written"], lines(&dir.join("clicks-0.jsonl")));
+    // What a real log has was there, and the join met it.
+    let counts = &training["counts"];
+    for (name, key) in
+        [("duplicate", "duplicates"), ("garbage", "rejected"), ("orphan", "clicks_orphan"), ("late", "late")]
+    {
+        assert!(counts[key].as_u64().unwrap() > 0, "no {name} record: {counts}");
+    }
+    assert_eq!(lines(&dir.join("predictions.csv")), training["examples"].as_u64().unwrap() + 1);
+    let closed = report["last_third"]["closed"].as_f64().unwrap();
+    assert!(closed > 0.4 && closed < 1.0, "{closed}");
+
+    // The directory is a job like any other: its config goes on from its checkpoint.
+    let config = dir.join("demo.toml");
+    let train = Command::new(TIDEMILL).args(["train", "--until-end", "--json", "-c"]).arg(&config).output().unwrap();
+    let resumed = common::summary(&train);
+    assert_eq!(resumed["resumed"], true);
+    assert_eq!(resumed["counts"]["impressions"], written, "what waited for its window was not lost");
+}
+
+#[test]
+fn real_files_are_replayed_through_the_same_loop() {
+    let report = demo(&["--seconds", "15", "--data", "tests/data/obd", "-c", "configs/obd.toml"]);
+    assert!(report["training"]["examples"].as_u64().unwrap() > 30_000);
+    assert_eq!(report["last_third"]["best"], Value::Null);
+}
+
+#[test]
+fn a_directory_with_something_in_it_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("mine"), "").unwrap();
+    let output = Command::new(TIDEMILL).args(["demo", "--dir"]).arg(dir.path()).output().unwrap();
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("is not empty"));
+}
