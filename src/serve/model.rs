@@ -8,6 +8,9 @@ use crate::feature::Overlay;
 use crate::feature::Schema;
 use crate::snapshot::{Manifest, Snapshot, Version};
 
+/// How many rows ahead of its use a line is asked for.
+const AHEAD: usize = 24;
+
 /// A version that passed every check. Immutable: a request that holds it scores with this version from start to end.
 pub struct Model {
     manifest: Manifest,
@@ -95,6 +98,8 @@ impl Model {
     pub(super) fn logits(&self, overlay: &Overlay, scratch: &mut Scratch, out: &mut Vec<f32>) {
         let Scratch { terms, sums } = scratch;
         let (ground, starts) = (overlay.ground(), overlay.starts());
+        let changed = overlay.slots();
+        ground.iter().chain(changed.iter().take(AHEAD)).for_each(|slot| self.index.prefetch(slot.row));
         terms.clear();
         terms.extend(ground.iter().map(|slot| self.term(slot)));
         // The sum of all context slots in front of each feature.
@@ -106,6 +111,7 @@ impl Model {
             sums.push(sum);
         }
         let features = starts.len() - 1;
+        let mut ahead = changed.iter().skip(AHEAD);
         for slots in overlay.candidates() {
             let mut next = slots.first().map_or(features, |slot| usize::from(slot.feature));
             let mut sum = sums[next];
@@ -114,6 +120,9 @@ impl Model {
                 if feature >= next {
                     sum = terms[starts[next]..starts[feature]].iter().fold(sum, |sum, term| sum + term);
                     next = feature + 1;
+                }
+                if let Some(slot) = ahead.next() {
+                    self.index.prefetch(slot.row);
                 }
                 sum += self.term(slot);
             }

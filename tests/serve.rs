@@ -1,0 +1,702 @@
+//! What a serving node promises, over real HTTP to the real command.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use common::{Job, TIDEMILL, generate};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tidemill::event::{Chunk, Stream};
+use tidemill::feature::Schema;
+use tidemill::position::Fingerprint;
+use tidemill::serve::{Node, Scorer, Settings};
+use tidemill::snapshot::manifest::Document as _;
+use tidemill::snapshot::{self, Facts, Manifest, ModelInfo, Outcome, Publisher, Snapshot, Store, Version, Weights};
+use tidemill::source::decode::{Decoder, RecordSettings};
+
+// -------------------------------------------------------------------------------------------------------- what is there
+
+/// A small trained model and the records it came from, made once.
+struct Trained {
+    input: TempDir,
+    job: Job,
+}
+
+fn trained() -> &'static Trained {
+    static TRAINED: OnceLock<Trained> = OnceLock::new();
+    TRAINED.get_or_init(|| {
+        let input = generate(&["--impressions", "3000"]);
+        let job = Job::over(&input.path().join("in"));
+        job.train(&["--until-end"]);
+        Trained { input, job }
+    })
+}
+
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
+}
+
+fn trained_snapshot() -> Snapshot {
+    let store = Store::open(trained().job.path("snapshots").to_str().unwrap()).unwrap();
+    block_on(store.load_latest("live")).unwrap().unwrap()
+}
+
+fn records() -> Vec<Value> {
+    let folder = trained().input.path().join("in");
+    let mut files: Vec<PathBuf> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.retain(|path| path.file_name().unwrap().to_str().unwrap().starts_with("impressions"));
+    files.sort();
+    let text = std::fs::read_to_string(&files[0]).unwrap();
+    let records: Vec<Value> = text.lines().take(200).map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(records.len(), 200);
+    records
+}
+
+/// A record as a request has it: what is of the item in the candidate, the rest in the context.
+fn split(record: &Value) -> (Value, Value) {
+    let (mut context, mut candidate) = (record.as_object().unwrap().clone(), serde_json::Map::new());
+    for key in ["item", "tags", "position"] {
+        if let Some(value) = context.remove(key) {
+            candidate.insert(key.to_owned(), value);
+        }
+    }
+    (context.into(), candidate.into())
+}
+
+/// The logit of a record by another way than serving: the decoder of the log, and the sorted columns of the snapshot.
+fn logit_of(snapshot: &Snapshot, context: &Value, candidate: &Value) -> f32 {
+    let schema = Schema::from_json(&snapshot.manifest.model.schema.to_string()).unwrap();
+    let mut record = context.as_object().unwrap().clone();
+    record.extend(candidate.as_object().unwrap().clone());
+    record.extend([("id".to_owned(), json!("x")), ("ts".to_owned(), json!(1))]);
+    let mut decoder =
+        Decoder::new(Stream::Impressions, &RecordSettings::default(), Some(&schema), false).unwrap().at_serving();
+    let mut chunk = Chunk::default();
+    decoder.decode(Value::from(record).to_string().as_bytes(), 0, Fingerprint::NONE, &mut chunk);
+    assert!(chunk.rejects.is_empty(), "{:?}", chunk.rejects);
+    snapshot.logit(chunk.slots_of(&chunk.records[0]))
+}
+
+/// A store with versions that the test publishes: the trained weights, each time times another factor.
+struct Shop {
+    dir: TempDir,
+    base: Snapshot,
+    publisher: Option<Publisher>,
+    published: u64,
+}
+
+impl Shop {
+    fn new() -> Self {
+        let mut shop =
+            Self { dir: tempfile::tempdir().unwrap(), base: trained_snapshot(), publisher: None, published: 0 };
+        shop.open(shop.base.manifest.model.clone());
+        shop
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.path().join("store")
+    }
+
+    fn open(&mut self, model: ModelInfo) {
+        let store = Store::create(self.path().to_str().unwrap()).unwrap();
+        let plan = snapshot::Settings::default().check().unwrap();
+        self.publisher = Some(block_on(Publisher::open(store, &plan, "test", model)).unwrap());
+    }
+
+    fn publish(&mut self) -> Version {
+        self.published += 1;
+        let base = &self.base.weights;
+        let factor = 1.0 + self.published as f32 / 64.0;
+        let values = base.weights().iter().map(|w| w * factor).collect();
+        let weights =
+            Weights::new(base.ids().to_vec(), values, base.intercept(), base.default_rows().to_vec()).unwrap();
+        let golden: Vec<_> = self.base.manifest.golden.iter().map(|g| g.slots()).collect();
+        let golden: Vec<_> = golden.iter().map(|s| snapshot::Golden::new(s, weights.logit(s))).collect();
+        assert!(!golden.is_empty());
+        let facts = Facts { batch: self.published, ..Facts::default() };
+        let published = block_on(self.publisher.as_mut().unwrap().publish(&weights, facts, &golden)).unwrap();
+        let Outcome::Published(version) = published else { panic!("{published:?}") };
+        version
+    }
+
+    /// Puts a version with new weights into the store by hand, and names it: changed by `manifest` before it is sealed, and
+    /// by `bytes` (payload, sealed manifest) after.
+    fn put(&mut self, manifest: impl FnOnce(&mut Manifest), bytes: impl FnOnce(&mut Vec<u8>, &mut Vec<u8>)) -> Version {
+        let store = Store::open(self.path().to_str().unwrap()).unwrap();
+        let last = block_on(store.latest("live")).unwrap().unwrap();
+        let version = Version(block_on(store.versions()).unwrap().keys().last().map_or(0, |v| v.0) + 1);
+        self.published += 1;
+        let base = &self.base.weights;
+        let intercept = base.intercept() + self.published as f32;
+        let ids = base.ids().to_vec();
+        let weights = Weights::new(ids, base.weights().to_vec(), intercept, base.default_rows().to_vec()).unwrap();
+        let payload = weights.to_arrays().encode(snapshot::manifest::PAYLOAD_FORMAT).unwrap();
+        let key = snapshot::store::object_key(payload.digest);
+        let mut made = self.base.manifest.clone();
+        made.version = version;
+        made.objects[0] =
+            snapshot::manifest::ObjectRef { name: key.clone(), length: payload.length, digest: payload.digest };
+        for golden in &mut made.golden {
+            golden.logit = weights.logit(&golden.slots());
+        }
+        manifest(&mut made);
+        let (mut payload, mut sealed) = (payload.to_vec(), made.to_bytes().unwrap());
+        bytes(&mut payload, &mut sealed);
+        std::fs::write(self.path().join(key), payload).unwrap();
+        std::fs::write(self.path().join(snapshot::store::manifest_key(version)), sealed).unwrap();
+        // In the name of the publisher, so that it is not fenced.
+        let writer = snapshot::decide::Writer { channel: last.channel, epoch: last.epoch, name: last.writer };
+        let entry = snapshot::decide::next_entry(last.number, &writer, Some(version), last.created);
+        let at = self.path().join(snapshot::store::entry_key("live", entry.number));
+        std::fs::write(self.path().join("new"), entry.to_bytes().unwrap()).unwrap();
+        std::fs::rename(self.path().join("new"), at).unwrap();
+        version
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------ the node
+
+/// A running `tidemill serve`, killed when dropped.
+struct Serving {
+    child: Child,
+    _stdout: BufReader<ChildStdout>,
+    address: String,
+}
+
+impl Serving {
+    fn start(store: &Path, settings: &[&str]) -> Self {
+        let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/serve.toml");
+        let mut command = Command::new(TIDEMILL);
+        command.arg("serve").arg("-c").arg(config);
+        let store = format!("store=\"{}\"", store.display());
+        for set in [&store, "http.listen=\"127.0.0.1:0\"", "poll=\"20ms\"", "poll_max=\"100ms\""].iter().chain(settings)
+        {
+            command.args(["--set", set]);
+        }
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut stdout = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        stdout.read_line(&mut line).unwrap();
+        let address = line.trim().strip_prefix("listening on http://").unwrap_or_else(|| panic!("it said `{line}`"));
+        Self { address: address.to_owned(), child, _stdout: stdout }
+    }
+
+    fn connect(&self) -> Client {
+        Client::new(&self.address)
+    }
+
+    fn get(&self, path: &str) -> (u16, Value) {
+        let (status, text) = self.connect().request("GET", path, "");
+        (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
+    }
+
+    fn score(&self, body: &str) -> (u16, Value) {
+        let (status, text) = self.connect().request("POST", "/v1/score", body);
+        (status, serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}")))
+    }
+
+    /// Asks `/readyz` until it says what is expected.
+    fn ready_when(&self, what: &str, expected: impl Fn(u16, &Value) -> bool) -> Value {
+        let began = Instant::now();
+        loop {
+            let (status, ready) = self.get("/readyz");
+            if expected(status, &ready) {
+                return ready;
+            }
+            assert!(began.elapsed() < Duration::from_secs(30), "waited for {what}, but /readyz says {status} {ready}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn serves(&self, version: Version) -> Value {
+        self.ready_when(&format!("version {version}"), |status, ready| status == 200 && ready["version"] == version.0)
+    }
+
+    fn metric(&self, line: &str) -> f64 {
+        let (status, text) = self.connect().request("GET", "/metrics", "");
+        assert_eq!(status, 200);
+        let value =
+            text.lines().find_map(|have| have.strip_prefix(line)).unwrap_or_else(|| panic!("no `{line}` in {text}"));
+        value.trim().parse().unwrap()
+    }
+
+    fn terminate(&self) {
+        let pid = self.child.id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A plain HTTP/1.1 client on one connection.
+struct Client(BufReader<TcpStream>);
+
+impl Client {
+    fn new(address: &str) -> Self {
+        let stream = TcpStream::connect(address).unwrap();
+        stream.set_nodelay(true).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        Self(BufReader::new(stream))
+    }
+
+    fn send(&mut self, text: &str) {
+        self.0.get_mut().write_all(text.as_bytes()).unwrap();
+    }
+
+    fn request(&mut self, method: &str, path: &str, body: &str) -> (u16, String) {
+        self.send(&format!("{method} {path} HTTP/1.1\r\nhost: t\r\ncontent-length: {}\r\n\r\n{body}", body.len()));
+        self.answer().unwrap()
+    }
+
+    fn answer(&mut self) -> std::io::Result<(u16, String)> {
+        let mut line = String::new();
+        self.0.read_line(&mut line)?;
+        let status = line.split(' ').nth(1).and_then(|status| status.parse().ok());
+        let status = status.ok_or_else(|| std::io::Error::other(format!("no status line: `{line}`")))?;
+        let mut length = 0;
+        loop {
+            line.clear();
+            self.0.read_line(&mut line)?;
+            match line.trim().split_once(':') {
+                Some((name, value)) if name.eq_ignore_ascii_case("content-length") => {
+                    length = value.trim().parse().unwrap()
+                }
+                Some(_) => {}
+                None => break,
+            }
+        }
+        let mut body = vec![0; length];
+        self.0.read_exact(&mut body)?;
+        Ok((status, String::from_utf8(body).unwrap()))
+    }
+}
+
+fn logits(answer: &Value) -> Vec<f32> {
+    answer["scores"].as_array().unwrap().iter().map(|score| score["logit"].as_f64().unwrap() as f32).collect()
+}
+
+// ------------------------------------------------------------------------------------------------------------ promises
+
+#[test]
+fn scores_equal_those_of_tidemill_score_exactly() {
+    let records = records();
+    let trained = trained();
+    let input = trained.job.path("to-score.jsonl");
+    let lines: String = records.iter().map(|record| format!("{record}\n")).collect();
+    std::fs::write(&input, lines).unwrap();
+    let output = Command::new(TIDEMILL)
+        .args(["score", "--store"])
+        .arg(trained.job.path("snapshots"))
+        .arg(&input)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let expected = String::from_utf8(output.stdout).unwrap();
+    let expected: Vec<Vec<&str>> = expected.lines().skip(1).map(|line| line.split(',').collect()).collect();
+    assert_eq!(expected.len(), records.len());
+
+    let serving = Serving::start(&trained.job.path("snapshots"), &[]);
+    serving.ready_when("a model", |status, _| status == 200);
+    let mut client = serving.connect();
+    let mut different = std::collections::BTreeSet::new();
+    for (record, expected) in records.iter().zip(&expected) {
+        // As a record and nothing over it, as an item over the rest, and as a record over another one.
+        let (context, candidate) = split(record);
+        let body = json!({"context": context, "candidates": [candidate, records[0], record]});
+        let (status, text) = client.request("POST", "/v1/score", &body.to_string());
+        assert_eq!(status, 200, "{text}");
+        let answer: Value = serde_json::from_str(&text).unwrap();
+        for i in [0, 2] {
+            let score = &answer["scores"][i];
+            assert_eq!(score["logit"].as_f64().unwrap() as f32, expected[1].parse::<f32>().unwrap(), "{record}");
+            assert_eq!(score["prediction"].as_f64().unwrap(), expected[2].parse::<f64>().unwrap(), "{record}");
+        }
+        different.insert(expected[1]);
+    }
+    assert!(different.len() > 100, "only {} different scores", different.len());
+    let (status, model) = serving.get("/v1/model");
+    assert_eq!((status, &model["version"]), (200, &json!(trained_snapshot().manifest.version)));
+    assert_eq!(model["schema_hash"], json!(trained_snapshot().manifest.model.schema_hash));
+    assert!(model["age_seconds"].as_f64().unwrap() >= 0.0 && model["frontier"].is_string(), "{model}");
+}
+
+#[test]
+fn under_load_and_reloads_no_request_fails_and_every_answer_is_of_one_version() {
+    let mut shop = Shop::new();
+    let first = shop.publish();
+    let serving = Serving::start(&shop.path(), &[]);
+    serving.serves(first);
+    let records = records();
+    let requests: Vec<(Value, Vec<Value>)> = (0..20)
+        .map(|i| (split(&records[i]).0, records[20 + i * 5..30 + i * 5].iter().map(|r| split(r).1).collect()))
+        .collect();
+    let bodies: Vec<String> =
+        requests.iter().map(|(c, k)| json!({"context": c, "candidates": k}).to_string()).collect();
+
+    let stop = AtomicBool::new(false);
+    let mut answers = Vec::new();
+    let mut last = first;
+    std::thread::scope(|scope| {
+        let senders: Vec<_> = (0..2)
+            .map(|sender| {
+                let (mut client, bodies, stop) = (serving.connect(), &bodies, &stop);
+                scope.spawn(move || {
+                    let (mut answers, began) = (Vec::new(), Instant::now());
+                    for n in 0.. {
+                        if stop.load(Ordering::Relaxed) {
+                            break;
+                        }
+                        // A fixed schedule: a slow answer does not slow the next request down.
+                        let due = Duration::from_millis(5 * n as u64);
+                        std::thread::sleep(due.saturating_sub(began.elapsed()));
+                        let which = (n * 2 + sender) % bodies.len();
+                        let (status, text) = client.request("POST", "/v1/score", &bodies[which]);
+                        assert_eq!(status, 200, "request {n} failed: {text}");
+                        answers.push((which, serde_json::from_str::<Value>(&text).unwrap()));
+                    }
+                    answers
+                })
+            })
+            .collect();
+        for _ in 0..15 {
+            std::thread::sleep(Duration::from_millis(200));
+            last = shop.publish();
+        }
+        serving.serves(last);
+        std::thread::sleep(Duration::from_millis(100));
+        stop.store(true, Ordering::Relaxed);
+        answers.extend(senders.into_iter().map(|sender| sender.join().unwrap()));
+    });
+
+    let store = Store::open(shop.path().to_str().unwrap()).unwrap();
+    let mut snapshots = BTreeMap::new();
+    for answers in &answers {
+        assert!(answers.len() > 100, "only {} requests", answers.len());
+        let versions: Vec<u64> = answers.iter().map(|(_, answer)| answer["version"].as_u64().unwrap()).collect();
+        assert!(versions.is_sorted(), "a version went back: {versions:?}");
+        assert_eq!(*versions.last().unwrap(), last.0);
+        for (which, answer) in answers {
+            let version = Version(answer["version"].as_u64().unwrap());
+            let snapshot = snapshots.entry(version).or_insert_with(|| block_on(store.load(version)).unwrap());
+            let (context, candidates) = &requests[*which];
+            let expected: Vec<f32> = candidates.iter().map(|k| logit_of(snapshot, context, k)).collect();
+            assert_eq!(logits(answer), expected, "version {version}");
+        }
+    }
+    assert!(snapshots.len() >= 8, "only {} versions were seen", snapshots.len());
+    let ok = serving.metric("tidemill_serve_requests_total{outcome=\"ok\"}");
+    assert_eq!(ok as usize, answers.iter().map(Vec::len).sum::<usize>());
+    assert_eq!(serving.metric("tidemill_serve_version") as u64, last.0);
+}
+
+#[test]
+fn a_bad_version_is_refused_with_its_reason_and_the_old_one_serves() {
+    let mut shop = Shop::new();
+    let good = shop.publish();
+    let serving = Serving::start(&shop.path(), &[]);
+    serving.serves(good);
+    let (context, candidate) = split(&records()[3]);
+    let body = json!({"context": context, "candidates": [candidate]}).to_string();
+    let expected = logits(&serving.score(&body).1);
+
+    type Bad = Box<dyn Fn(&mut Shop) -> Version>;
+    let nothing = |_: &mut Manifest| ();
+    let as_is = |_: &mut Vec<u8>, _: &mut Vec<u8>| ();
+    let bad: Vec<(&str, Bad)> = vec![
+        ("cut short", Box::new(move |s| s.put(nothing, |payload, _| payload.truncate(payload.len() / 2)))),
+        (
+            "at least one byte differs",
+            Box::new(move |s| {
+                s.put(nothing, |payload, _| {
+                    let at = payload.len() - 5;
+                    payload[at] ^= 1;
+                })
+            }),
+        ),
+        ("does not end with its check", Box::new(move |s| s.put(nothing, |_, manifest| manifest.truncate(100)))),
+        ("at least one byte differs", Box::new(move |s| s.put(nothing, |_, manifest| manifest[40] ^= 1))),
+        ("hash", Box::new(move |s| s.put(|m| m.model.schema_hash = "0123456789abcdef".to_owned(), as_is))),
+        ("schema cannot be used", Box::new(move |s| s.put(|m| m.model.schema["encoding"] = 2.into(), as_is))),
+        (
+            "default rows are not those of its schema",
+            Box::new(move |s| {
+                s.put(
+                    |m| {
+                        m.model.schema["features"][0]["name"] = "another".into();
+                        m.model.schema["crosses"] = json!([]);
+                        let schema = Schema::from_json(&m.model.schema.to_string()).unwrap();
+                        m.model.schema_hash = schema.hash();
+                    },
+                    as_is,
+                )
+            }),
+        ),
+        ("golden vector 0 gives a logit of", Box::new(move |s| s.put(|m| m.golden[0].logit += 0.5, as_is))),
+        ("two_tower", Box::new(move |s| s.put(|m| m.model.kind = "two_tower".to_owned(), as_is))),
+    ];
+    for (n, (reason, put)) in bad.iter().enumerate() {
+        let version = put(&mut shop);
+        let ready = serving.ready_when(reason, |_, ready| ready["refused"]["version"] == version.0);
+        let said = ready["refused"]["reason"].as_str().unwrap();
+        assert!(said.contains(reason), "version {version} was refused because `{said}`, expected `{reason}`");
+        assert_eq!((&ready["ready"], &ready["version"]), (&json!(true), &json!(good)));
+        assert!(ready["reasons"][0].as_str().unwrap().contains("was refused"), "{ready}");
+        assert_eq!(serving.metric("tidemill_serve_refused_total") as usize, n + 1);
+        assert_eq!(serving.metric("tidemill_serve_refused_version") as u64, version.0);
+        let (status, answer) = serving.score(&body);
+        assert_eq!((status, &answer["version"], logits(&answer)), (200, &json!(good), expected.clone()));
+    }
+    // The next good one is taken as ever.
+    let next = shop.publish();
+    let ready = serving.serves(next);
+    assert_eq!(ready["reasons"], json!([]));
+    assert_ne!(logits(&serving.score(&body).1), expected);
+}
+
+#[test]
+fn while_the_store_is_away_serving_goes_on_and_then_catches_up() {
+    let mut shop = Shop::new();
+    let first = shop.publish();
+    let cache = shop.dir.path().join("cache");
+    let cached = format!("cache=\"{}\"", cache.display());
+    let serving = Serving::start(&shop.path(), &[&cached]);
+    serving.serves(first);
+    let body = r#"{"context":{},"candidates":[{}]}"#;
+    let before = serving.score(body);
+    let away = shop.dir.path().join("away");
+    let wait_for_the_copy = |version: Version| {
+        let began = Instant::now();
+        let files = |folder: &str| std::fs::read_dir(cache.join(folder)).unwrap().count();
+        while block_on(Store::open(cache.to_str().unwrap()).unwrap().load(version)).is_err()
+            || (files("manifests"), files("objects")) != (1, 1)
+        {
+            assert!(began.elapsed() < Duration::from_secs(30), "version {version} was not copied");
+        }
+    };
+    wait_for_the_copy(first);
+
+    std::fs::rename(shop.path(), &away).unwrap();
+    let ready = serving.ready_when("the store to be missed", |_, ready| ready["store_problem"].is_object());
+    assert_eq!(ready["ready"], json!(true));
+    assert!(ready["reasons"][0].as_str().unwrap().contains("does not answer since"), "{ready}");
+    assert_eq!(serving.metric("tidemill_serve_store_away"), 1.0);
+    assert_eq!(serving.score(body), before);
+
+    // Another node starts meanwhile: from its copy.
+    drop(serving);
+    let serving = Serving::start(&shop.path(), &[&cached]);
+    let ready = serving.serves(first);
+    assert_eq!(ready["from_cache"], json!(true));
+    assert_eq!(serving.score(body), before);
+
+    std::fs::rename(&away, shop.path()).unwrap();
+    let ready = serving.ready_when("the store", |_, ready| ready["from_cache"] == false);
+    assert_eq!(ready["version"], json!(first));
+    let next = shop.publish();
+    let ready = serving.serves(next);
+    assert_eq!((&ready["reasons"], &ready["from_cache"]), (&json!([]), &json!(false)));
+    wait_for_the_copy(next);
+
+    // What is in the cache is trusted no more than what is in the store.
+    drop(serving);
+    std::fs::rename(shop.path(), &away).unwrap();
+    for file in std::fs::read_dir(cache.join("objects")).unwrap() {
+        let path = file.unwrap().path();
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[999] ^= 1;
+        std::fs::write(path, bytes).unwrap();
+    }
+    let serving = Serving::start(&shop.path(), &[&cached]);
+    let ready = serving.ready_when("the store to be missed", |_, ready| ready["store_problem"].is_object());
+    assert_eq!((&ready["ready"], &ready["version"]), (&json!(false), &Value::Null));
+    assert_eq!(serving.score(body).0, 503);
+}
+
+#[test]
+fn a_node_without_a_model_says_so_until_there_is_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let serving = Serving::start(&dir.path().join("store"), &[]);
+    let ready = serving
+        .ready_when("the store to be missed", |status, ready| status == 503 && ready["store_problem"].is_object());
+    assert!(ready["reasons"][1].as_str().unwrap().contains("no such directory"), "{ready}");
+    let (status, answer) = serving.score(r#"{"context":{},"candidates":[]}"#);
+    assert_eq!((status, &answer["error"]["code"]), (503, &json!("not_ready")));
+    assert_eq!(serving.get("/v1/model").0, 503);
+    assert_eq!(serving.get("/healthz").0, 200);
+    let mut shop = Shop::new();
+    let version = shop.publish();
+    std::fs::rename(shop.path(), dir.path().join("store")).unwrap();
+    serving.serves(version);
+    assert_eq!(serving.score(r#"{"context":{},"candidates":[]}"#), (200, json!({"version": version, "scores": []})));
+}
+
+#[test]
+fn bad_requests_are_answered_with_what_is_wrong() {
+    let mut shop = Shop::new();
+    let version = shop.publish();
+    let limits = ["http.max_body=2000", "http.max_candidates=3", "http.timeout=\"300ms\"", "http.max_requests=1"];
+    let serving = Serving::start(&shop.path(), &limits);
+    serving.serves(version);
+    let long = format!(r#"{{"context":{{"x":"{}"}},"candidates":[]}}"#, "x".repeat(2000));
+    for (body, status, code, says) in [
+        ("{", 400, "bad_json", "invalid JSON"),
+        ("[]", 400, "bad_request", "`context` and `candidates`"),
+        (r#"{"context":{},"candidates":[{},{"user":{"age":"old"}}]}"#, 400, "bad_field", "candidate 1: `user.age`"),
+        (r#"{"context":{"tags":3.5,"item":7},"candidates":[]}"#, 400, "bad_field", "context: `item`"),
+        (r#"{"context":{},"candidates":[{},{},{},{}]}"#, 422, "too_many_candidates", "more than 3"),
+        (&long, 413, "body_too_large", "2000 bytes"),
+    ] {
+        let (found, answer) = serving.score(body);
+        assert_eq!((found, &answer["error"]["code"]), (status, &json!(code)), "{body}: {answer}");
+        assert!(answer["error"]["message"].as_str().unwrap().contains(says), "{body}: {answer}");
+    }
+    let (_, answer) = serving.score(r#"{"context":{},"candidates":[{},{"user":{"age":"old"}}]}"#);
+    assert_eq!((&answer["error"]["candidate"], &answer["error"]["field"]), (&json!(1), &json!("user.age")));
+    let (status, answer) = serving.score(r#"{"ids":[7,"b"],"candidates":[{},{}],"context":{}}"#);
+    assert_eq!((status, &answer["ids"], answer["scores"].as_array().unwrap().len()), (200, &json!([7, "b"]), 2));
+    assert_eq!(serving.get("/v1/nothing").0, 404);
+    assert_eq!(serving.get("/v1/score").0, 405);
+
+    // A body that does not come, and the one request that is answered at a time.
+    let mut slow = serving.connect();
+    slow.send("POST /v1/score HTTP/1.1\r\nhost: t\r\ncontent-length: 100\r\n\r\n{");
+    let began = Instant::now();
+    let mut overloaded = false;
+    while began.elapsed() < Duration::from_millis(250) && !overloaded {
+        let (status, answer) = serving.score(r#"{"context":{},"candidates":[]}"#);
+        overloaded = (status, &answer["error"]["code"]) == (503, &json!("overloaded"));
+    }
+    assert!(overloaded, "one request at a time was not the limit");
+    let (status, answer) = slow.answer().unwrap();
+    assert_eq!(status, 408, "{answer}");
+    assert_eq!(serving.score(r#"{"context":{},"candidates":[]}"#).0, 200);
+}
+
+#[test]
+fn connections_that_say_nothing_are_closed() {
+    let dir = tempfile::tempdir().unwrap();
+    let serving = Serving::start(dir.path(), &["http.idle=\"200ms\""]);
+    let (mut silent, mut half, mut idle) = (serving.connect(), serving.connect(), serving.connect());
+    half.send("POST /v1/score HTTP/1.1\r\nhost:");
+    assert_eq!(idle.request("GET", "/healthz", "").0, 200);
+    for (what, client) in [("silent", &mut silent), ("half a head", &mut half), ("idle", &mut idle)] {
+        // The end of the stream, after an answer at most; a read that timed out would be an error.
+        let mut rest = Vec::new();
+        let read = client.0.read_to_end(&mut rest);
+        assert!(read.is_ok() && rest.len() < 500, "{what}: {read:?}");
+    }
+}
+
+#[test]
+fn sigterm_finishes_the_requests_that_are_open() {
+    let mut shop = Shop::new();
+    let version = shop.publish();
+    let mut serving = Serving::start(&shop.path(), &["http.timeout=\"20s\"", "http.drain_delay=\"300ms\""]);
+    serving.serves(version);
+    let body = r#"{"context":{},"candidates":[{}]}"#;
+    let (mut open, mut idle) = (serving.connect(), serving.connect());
+    open.send(&format!("POST /v1/score HTTP/1.1\r\nhost: t\r\ncontent-length: {}\r\n\r\n{}", body.len(), &body[..9]));
+    assert_eq!(idle.request("GET", "/healthz", "").0, 200);
+    std::thread::sleep(Duration::from_millis(50));
+    serving.terminate();
+    let leaving = serving.ready_when("the node to leave", |status, _| status == 503);
+    assert_eq!(leaving["reasons"][0], json!("this node is stopping"));
+    assert_eq!(serving.score(body).0, 200, "it still answers while load balancers turn away");
+    let began = Instant::now();
+    while TcpStream::connect(&serving.address).is_ok() {
+        assert!(began.elapsed() < Duration::from_secs(30), "it still takes connections");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(serving.child.try_wait().unwrap().is_none(), "it waits for the open request");
+    open.send(&body[9..]);
+    let (status, text) = open.answer().unwrap();
+    assert_eq!(status, 200, "{text}");
+    assert_eq!(serving.child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_request_that_never_ends_is_cut_after_the_grace_time_and_the_exit_code_says_so() {
+    let mut shop = Shop::new();
+    let version = shop.publish();
+    let mut serving = Serving::start(&shop.path(), &["http.timeout=\"60s\"", "http.grace=\"200ms\""]);
+    serving.serves(version);
+    let mut open = serving.connect();
+    open.send("POST /v1/score HTTP/1.1\r\nhost: t\r\ncontent-length: 10\r\n\r\n{");
+    std::thread::sleep(Duration::from_millis(50));
+    serving.terminate();
+    assert_eq!(serving.child.wait().unwrap().code(), Some(1));
+}
+
+#[test]
+fn an_embedded_node_scores_values_that_are_no_json() {
+    let mut shop = Shop::new();
+    let version = shop.publish();
+    let settings = Settings { store: shop.path().to_str().unwrap().to_owned(), ..Settings::default() };
+    let node = Node::open(&settings).unwrap();
+    let model = node.wait(Duration::from_secs(30)).unwrap();
+    assert_eq!((model.version(), node.status().version), (version, Some(version)));
+    let of = |name: &str| model.schema().index_of(name).unwrap();
+    let (user, age, item, tags) = (of("user_id"), of("age"), of("item_id"), of("tags"));
+    let mut scorer = Scorer::new();
+    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    let items: Vec<String> = records().iter().take(20).map(|record| text(&record["item"]["id"])).collect();
+    let by_value = scorer
+        .score_values::<Box<dyn std::error::Error>>(
+            &model,
+            |context| {
+                context.u64(user, 7)?;
+                Ok(context.f64(age, 31.0)?)
+            },
+            items.len(),
+            |i, candidate| {
+                candidate.str(item, &items[i])?;
+                candidate.str(tags, "a")?;
+                Ok(candidate.str(tags, "b")?)
+            },
+        )
+        .unwrap()
+        .to_vec();
+    let candidates: Vec<String> =
+        items.iter().map(|id| json!({"item": {"id": id}, "tags": ["a", "b"]}).to_string()).collect();
+    let context = br#"{"user":{"id":"7","age":31}}"#;
+    let by_text = scorer.score(&model, context, candidates.iter().map(String::as_bytes)).unwrap();
+    assert_eq!(by_value, by_text);
+    assert!(by_text.iter().any(|score| score != &by_text[0]), "{by_text:?}");
+}
+
+#[test]
+fn the_shipped_settings_are_the_defaults_and_unknown_keys_are_refused() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/serve.toml");
+    let shown: Settings = tidemill::config::read(&path, &[]).unwrap();
+    assert_eq!(shown, Settings::default());
+    shown.check().unwrap();
+    let text = std::fs::read_to_string(&path).unwrap();
+    let all: toml::Table = text.replace("#cache", "cache").parse().unwrap();
+    let defaults = Settings { cache: Some("cache/serve".into()), ..Settings::default() };
+    assert_eq!(all, toml::Table::try_from(&defaults).unwrap(), "every key is in the file");
+    for (set, expected) in [
+        ("stroe=\"x\"", "stroe"),
+        ("http.lisen=\"x\"", "lisen"),
+        ("poll=\"0s\"", "`poll` is `0ns`: must be at least 1ms"),
+        ("http.max_requests=0", "`http.max_requests` is `0`"),
+        ("channel=\"a/b\"", "`snapshots.channel` is `a/b`"),
+        ("http.listen=\"nowhere\"", "cannot listen on `nowhere`"),
+    ] {
+        let output = Command::new(TIDEMILL).args(["serve", "-c"]).arg(&path).args(["--set", set]).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && text.contains(expected), "{set}: {text}");
+    }
+}
