@@ -16,7 +16,7 @@ fn demo(args: &[&str]) -> Value {
     assert!(output.status.success(), "{report:#}");
     assert_eq!(report["ok"], true);
     for promise in report["promises"].as_array().unwrap() {
-        assert_eq!(promise["kept"], true, "{promise}");
+        assert_ne!(promise["kept"], false, "{promise}");
     }
     let number = |value: &Value| value.as_u64().unwrap();
     assert!(number(&report["last"]["requests_answered"]) > 0);
@@ -54,8 +54,9 @@ fn a_live_stream_is_learned_published_served_and_asked_for_without_a_failure() {
         assert!(counts[key].as_u64().unwrap() > 0, "no {name} record: {counts}");
     }
     assert_eq!(lines(&dir.join("predictions.csv")), training["examples"].as_u64().unwrap() + 1);
+    assert!(report["promises"].as_array().unwrap().iter().all(|promise| promise["kept"] == true));
     let closed = report["last_third"]["closed"].as_f64().unwrap();
-    assert!(closed > 0.4 && closed < 1.0, "{closed}");
+    assert!(closed < 1.0, "nobody beats the truth on thousands of examples: {closed}");
 
     // The directory is a job like any other: its config goes on from its checkpoint.
     let config = dir.join("demo.toml");
@@ -70,6 +71,8 @@ fn real_files_are_replayed_through_the_same_loop() {
     let report = demo(&["--seconds", "15", "--data", "tests/data/obd", "-c", "configs/obd.toml"]);
     assert!(report["training"]["examples"].as_u64().unwrap() > 30_000);
     assert_eq!(report["last_third"]["best"], Value::Null);
+    // 207 clicks say nothing about learning, and the demo does not claim that they do.
+    assert_eq!(report["promises"].as_array().unwrap().last().unwrap()["kept"], Value::Null);
 }
 
 #[test]

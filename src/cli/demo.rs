@@ -30,6 +30,9 @@ pub struct Demo {
     /// How long ago the generated stream began: what has happened by the start is written at once.
     #[arg(long, default_value = "10s", conflicts_with = "data")]
     pub history: humantime::Duration,
+    /// Seed of the generated stream: who likes what.
+    #[arg(long, default_value_t = 1, conflicts_with = "data")]
+    pub seed: u64,
     /// Directory with files impressions* and clicks* (.jsonl, .jsonl.gz, .jsonl.zst) to replay instead.
     #[arg(long, value_name = "DIR", requires = "config")]
     pub data: Option<PathBuf>,
@@ -101,8 +104,8 @@ impl Demo {
         } else {
             failed.and_then(|()| verdict(&report, left, screen.colours()))?;
         }
-        let broken = report.promises.iter().filter(|promise| !promise.kept).count();
-        anyhow::ensure!(report.ok, "{broken} promises broke; everything is left in `{}`", dir.display());
+        let broken = report.promises.iter().filter(|promise| promise.kept == Some(false)).count();
+        anyhow::ensure!(report.ok, "promises that broke: {broken}; everything is left in `{}`", dir.display());
         Ok(())
     }
 
@@ -113,7 +116,7 @@ impl Demo {
                 config: Box::new(Config::load(config, &self.set)?),
                 speed: self.speed,
             },
-            _ => Input::Generated { rate: self.rate, history: *self.history },
+            _ => Input::Generated { rate: self.rate, history: *self.history, seed: self.seed },
         };
         let length = Duration::from_secs(self.seconds);
         Ok(Options { length, dir, input, requests: self.requests, candidates: self.candidates as usize })
@@ -173,8 +176,8 @@ enum Style {
 impl Screen {
     fn new(options: &Options, json: bool) -> Self {
         let intro = match &options.input {
-            Input::Generated { rate, history } => format!(
-                "A stream of {} impressions a second is generated for {}; its first {} are written at once, as history.",
+            Input::Generated { rate, history, .. } => format!(
+                "{} impressions a second are generated for {}; {} before it are history, written at once.",
                 thousands(*rate as u64),
                 span(options.length.as_secs_f64()),
                 span(history.as_secs_f64()),
@@ -296,6 +299,7 @@ fn panel(v: &View, width: usize, paint: Paint) -> Vec<String> {
         Phase::Live => format!("live, {} left", clock(v.left)),
         Phase::Stopping => "the log has ended; last checkpoint, last snapshot".to_owned(),
         Phase::Verifying => "verifying every version that answered".to_owned(),
+        Phase::Done => "done".to_owned(),
     };
     let title = "tidemill demo";
     let room = width.saturating_sub(title.len() + phase.chars().count() + v.url.len() + 8);
@@ -421,7 +425,7 @@ fn learning(v: &View, label: &dyn Fn(&str) -> String, more: &str, paint: Paint) 
         ),
         format!("{more}AUC     {}  {} 0.5000 {area}", paint.bold(format!("{auc:.4}")), paint.dim("chance  ")),
         format!(
-            "{more}{:<34} {} {closed}",
+            "{more}{:<31} {} {closed}",
             format!("calibration {:.3}  CTR {:.3}", f.calibration, f.ctr),
             paint.green(sparks(&v.curve))
         ),
@@ -475,6 +479,7 @@ fn line(v: &View) -> String {
         Phase::Live => "",
         Phase::Stopping => " (stopping)",
         Phase::Verifying => " (verifying)",
+        Phase::Done => " (done)",
     };
     format!(
         "{:>4.0} s{phase}: {} impressions and {} clicks written, {} trained{figures}; {model}{fresh}; {} requests, {} failed{p99}",
@@ -492,7 +497,11 @@ fn verdict(report: &Report, left: bool, colours: bool) -> io::Result<()> {
     let mut out = io::stdout().lock();
     writeln!(out)?;
     for promise in &report.promises {
-        let mark = if promise.kept { paint.green("OK    ") } else { paint.red("BROKEN") };
+        let mark = match promise.kept {
+            Some(true) => paint.green("OK    "),
+            Some(false) => paint.red("BROKEN"),
+            None => paint.yellow("-     "),
+        };
         writeln!(out, " {mark}  {}", paint.bold(promise.name))?;
         writeln!(out, "         {}", promise.found)?;
     }
@@ -501,7 +510,13 @@ fn verdict(report: &Report, left: bool, colours: bool) -> io::Result<()> {
         || "-".to_owned(),
         |(p50, p99)| format!("p50 {}, p99 {} ({} clicks)", span(p50), span(p99), thousands(report.last.clicks_served)),
     );
+    let c = &report.training.counts;
     writeln!(out)?;
+    writeln!(
+        out,
+        "         met on the way: {} late, {} twice, {} too late, {} unreadable; clicks: {} orphans, {} outside, {} twice",
+        c.late, c.duplicates, c.too_late, c.rejected, c.clicks_orphan, c.clicks_outside, c.clicks_duplicate
+    )?;
     writeln!(out, "         from a click to weights that serve: {fresh}")?;
     writeln!(out, "         answers: p50 {}, p99 {}", ms(report.latency_p50_ms), ms(report.latency_p99_ms))?;
     if left {
@@ -509,9 +524,13 @@ fn verdict(report: &Report, left: bool, colours: bool) -> io::Result<()> {
         writeln!(out, "         left in {dir}; look into it by")?;
         writeln!(out, "           tidemill snapshots list --store {dir}/snapshots")?;
     }
-    let broken = report.promises.iter().filter(|promise| !promise.kept).count();
+    let broken = report.promises.iter().filter(|promise| promise.kept == Some(false)).count();
+    let judged = report.promises.iter().filter(|promise| promise.kept.is_some()).count();
     let last = match broken {
-        0 => paint.green(format!("All {} promises were kept.", report.promises.len())),
+        0 if judged == report.promises.len() => paint.green(format!("All {judged} promises were kept.")),
+        0 => {
+            paint.green(format!("{judged} promises were kept, {} could not be judged.", report.promises.len() - judged))
+        }
         _ => paint.red(format!("{broken} of {} promises broke.", report.promises.len())),
     };
     writeln!(out, "\n {last}")

@@ -88,6 +88,9 @@ impl Ledger {
 /// How long a writer sleeps between looks at the clock.
 const STEP: Duration = Duration::from_millis(5);
 
+/// A long history is written in pieces of so many bytes.
+const BLOCK: usize = 1 << 20;
+
 /// The generated stream: its event time is the clock's.
 pub struct Live {
     generator: Generator,
@@ -103,9 +106,10 @@ const PARTITIONS: u32 = 2;
 
 /// A stream that begins `history` before now. Users and items are few enough that their tastes can be learned within a
 /// minute at 2,000 impressions a second.
-pub fn settings(now: Time, rate: f64, history: Duration, seconds: Duration) -> Settings {
+pub fn settings(seed: u64, now: Time, rate: f64, history: Duration, seconds: Duration) -> Settings {
     let span = history + seconds + Duration::from_secs(600);
     Settings {
+        seed,
         impressions: (rate * span.as_secs_f64()) as u64 + 1,
         users: 1000,
         items: 200,
@@ -153,6 +157,9 @@ impl Live {
                 ledger.history.fetch_add(1, Ordering::Relaxed);
             }
             self.note(&event, ledger);
+            if self.files[at].buffer.len() >= BLOCK {
+                self.files[at].flush()?;
+            }
             self.next = self.generator.next();
         }
         ledger.now.store(now.0, Ordering::Relaxed);

@@ -104,7 +104,9 @@ impl Sender {
         while !stop.load(Ordering::Relaxed) {
             let number = self.next.fetch_add(1, Ordering::Relaxed);
             let due = self.began + self.gap.mul_f64(number as f64);
-            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+            if !sleep_until(due, stop) {
+                return;
+            }
             let at = (number % self.bodies.len() as u64) as usize;
             let before = self.newest.load(Ordering::SeqCst);
             match self.ask(&mut connection, &self.bodies[at]) {
@@ -193,6 +195,17 @@ impl Sender {
     pub fn overall(&self) -> Option<(Duration, Duration)> {
         let notes = self.notes();
         Some((notes.latencies.quantile(0.5)?, notes.latencies.quantile(0.99)?))
+    }
+}
+
+/// Whether it was not told to stop meanwhile.
+fn sleep_until(due: Instant, stop: &AtomicBool) -> bool {
+    loop {
+        let left = due.saturating_duration_since(Instant::now());
+        if left.is_zero() || stop.load(Ordering::Relaxed) {
+            return !stop.load(Ordering::Relaxed);
+        }
+        std::thread::sleep(left.min(Duration::from_millis(100)));
     }
 }
 
