@@ -563,7 +563,7 @@ fn verify(dir: &Path, sender: &Sender) -> Result<Verified, Error> {
         let model = match loaded.map_err(serve::Error::from).and_then(Model::new) {
             Ok(model) => model,
             Err(error) => {
-                found.broken.push(super::publisher::chain(&error));
+                found.broken.push(crate::app::publisher::chain(&error));
                 continue;
             }
         };
