@@ -349,7 +349,7 @@ fn panel(v: &View, width: usize, paint: Paint) -> Vec<String> {
     lines.push(match v.version_served {
         None => format!("{}{}", label("model"), paint.yellow("waiting for the first version")),
         Some(served) => format!(
-            "{}version {} serves, {} published, {} old   {} swaps, {} refused",
+            "{}version {} serves, {} published, {} old, {} swaps, {} refused",
             label("model"),
             paint.bold(served),
             version(v.version_published),
@@ -515,7 +515,7 @@ fn verdict(report: &Report, left: bool, colours: bool) -> io::Result<()> {
          clicks: {} orphans, {} outside their window, {} twice",
         c.late, c.duplicates, c.too_late, c.rejected, c.clicks_orphan, c.clicks_outside, c.clicks_duplicate
     )?;
-    writeln!(out, "         from a click to weights that have learned from it and serve: {fresh}")?;
+    writeln!(out, "         from a click to serving what was learned from it: {fresh}")?;
     writeln!(out, "         answers: p50 {}, p99 {}", ms(report.latency_p50_ms), ms(report.latency_p99_ms))?;
     if left {
         let dir = report.last.dir.display();
