@@ -295,6 +295,7 @@ fn panel(v: &View, width: usize, paint: Paint) -> Vec<String> {
     let rule = paint.dim("─".repeat(width.saturating_sub(2)));
     let label = |name: &str| format!(" {}", paint.dim(format!("{name:<10}")));
     let more = " ".repeat(11);
+    let wide = width >= 96;
     let phase = match v.phase {
         Phase::Live => format!("live, {} left", clock(v.left)),
         Phase::Stopping => "the log has ended; last checkpoint, last snapshot".to_owned(),
@@ -310,19 +311,19 @@ fn panel(v: &View, width: usize, paint: Paint) -> Vec<String> {
 
     let rate = |rate: f64| paint.dim(format!("{:>7}/s", thousands(rate.round() as u64)));
     lines.push(format!(
-        "{}{:>9} impressions {}   {:>8} clicks {}   {:>6.1} MB",
+        "{}{:>9} impressions {}   {:>8} clicks {}{}",
         label("log"),
         thousands(v.impressions_written),
         rate(v.impressions_rate),
         thousands(v.clicks_written),
         rate(v.clicks_rate),
-        v.bytes_written as f64 / 1e6,
+        if wide { format!("   {:>6.1} MB", v.bytes_written as f64 / 1e6) } else { String::new() },
     ));
-    lines.push(if v.speed == 1.0 {
+    lines.push(if v.generated {
         format!(
             "{more}{}",
             paint.dim(format!(
-                "of these {} duplicates, {} orphan clicks, {} garbage, {} history",
+                "{} duplicates, {} orphan clicks, {} garbage, {} history",
                 thousands(v.duplicates_written),
                 thousands(v.orphans_written),
                 thousands(v.garbage_written),
@@ -333,7 +334,7 @@ fn panel(v: &View, width: usize, paint: Paint) -> Vec<String> {
         format!("{more}{}", paint.dim(format!("replayed at {} times their speed", thousands(v.speed.round() as u64))))
     });
     lines.push(format!(
-        "{}{:>9} impressions {}   {:>8} wait for their window to close",
+        "{}{:>9} impressions {}   {:>8} wait for their window",
         label("trained"),
         thousands(v.trained),
         rate(v.trained_rate),
@@ -341,14 +342,14 @@ fn panel(v: &View, width: usize, paint: Paint) -> Vec<String> {
     ));
     lines.push(String::new());
 
-    lines.extend(learning(v, &label, &more, paint));
+    lines.extend(learning(v, wide, &label, &more, paint));
     lines.push(String::new());
 
     let version = |version: Option<u64>| version.map_or_else(|| "none".to_owned(), |v| v.to_string());
     lines.push(match v.version_served {
         None => format!("{}{}", label("model"), paint.yellow("waiting for the first version")),
         Some(served) => format!(
-            "{}version {} serves, {} published, {} old   {} swaps, {} refused",
+            "{}version {} serves, {} published, {} old, {} swaps, {} refused",
             label("model"),
             paint.bold(served),
             version(v.version_published),
@@ -357,11 +358,12 @@ fn panel(v: &View, width: usize, paint: Paint) -> Vec<String> {
             paint.none(v.refusals),
         ),
     });
-    let trained_to = v.frontier_age.map_or_else(|| "-".to_owned(), span);
+    let event_time = if v.generated { "" } else { " of event time" };
+    let trained_to = format!("{}{event_time}", v.frontier_age.map_or_else(|| "-".to_owned(), span));
     lines.push(match v.click_to_served {
         None => format!("{}learned up to {trained_to} ago", label("fresh")),
         Some((p50, p99)) => format!(
-            "{}click to weights that serve: p50 {}, p99 {}   learned up to {trained_to} ago",
+            "{}click to served: p50 {}, p99 {}   learned up to {trained_to} ago",
             label("fresh"),
             paint.bold(span(p50)),
             span(p99),
@@ -378,42 +380,40 @@ fn panel(v: &View, width: usize, paint: Paint) -> Vec<String> {
         ms(v.latency_p99_ms),
     ));
     lines.push(format!(" {rule}"));
-    lines.push(format!("{}curl -s {}/v1/score -d @{}", label("try"), v.url, v.dir.join("request.json").display()));
+    lines.push(format!("{}curl -s {}/v1/score \\", label("try"), v.url));
+    lines.push(format!("{more}  -d @{}", v.dir.join("request.json").display()));
     lines.push(format!("{more}curl -s {}/readyz", v.url));
     lines
 }
 
-fn learning(v: &View, label: &dyn Fn(&str) -> String, more: &str, paint: Paint) -> Vec<String> {
+fn learning(v: &View, wide: bool, label: &dyn Fn(&str) -> String, more: &str, paint: Paint) -> Vec<String> {
     let Some(f) = v.recent else {
         let wait = paint.yellow("waiting for the first impressions whose window has closed");
         return vec![format!("{}{wait}", label("learning")), String::new(), String::new(), String::new()];
     };
     let share = |from: f64, at: f64, to: f64| ((at - from) / (to - from)).clamp(0.0, 1.0);
     let auc = f.auc.unwrap_or(0.5);
+    let best_name = if wide { "best reachable" } else { "best" };
     let (logloss, area) = match f.best.zip(f.best_auc) {
         Some((best, best_auc)) => (
             format!(
-                "{} {} best reachable",
+                "{} {} {best_name}",
                 bar(share(f.constant, f.logloss, best), paint),
                 paint.bold(format!("{best:.4}"))
             ),
-            format!(
-                "{} {} best reachable",
-                bar(share(0.5, auc, best_auc), paint),
-                paint.bold(format!("{best_auc:.4}"))
-            ),
+            format!("{} {} {best_name}", bar(share(0.5, auc, best_auc), paint), paint.bold(format!("{best_auc:.4}"))),
         ),
         None => (
-            format!(
-                "{} {:.4} less by half",
-                bar(share(f.constant, f.logloss, f.constant / 2.0), paint),
-                f.constant / 2.0
-            ),
+            format!("{} {:.4} half", bar(share(f.constant, f.logloss, f.constant / 2.0), paint), f.constant / 2.0),
             format!("{} 1.0000 perfect", bar(share(0.5, auc, 1.0), paint)),
         ),
     };
     let closed = f.closed.map_or_else(String::new, |closed| {
-        format!("{} of the way to the best", paint.bold(format!("{:.0} %", closed * 100.0)))
+        format!(
+            "{}{}",
+            paint.bold(format!("{:.0} %", closed * 100.0)),
+            if wide { " of the way to the best" } else { " there" }
+        )
     });
     vec![
         format!(
@@ -431,10 +431,7 @@ fn learning(v: &View, label: &dyn Fn(&str) -> String, more: &str, paint: Paint) 
         ),
         format!(
             "{more}{}",
-            paint.dim(format!(
-                "each impression predicted before it was learned from; the last {}",
-                thousands(f.examples)
-            ))
+            paint.dim(format!("each predicted before it was learned from; the last {}", thousands(f.examples)))
         ),
     ]
 }
@@ -514,10 +511,11 @@ fn verdict(report: &Report, left: bool, colours: bool) -> io::Result<()> {
     writeln!(out)?;
     writeln!(
         out,
-        "         met on the way: {} late, {} twice, {} too late, {} unreadable; clicks: {} orphans, {} outside, {} twice",
+        "         met on the way: {} late, {} twice, {} too late, {} unreadable\n         \
+         clicks: {} orphans, {} outside their window, {} twice",
         c.late, c.duplicates, c.too_late, c.rejected, c.clicks_orphan, c.clicks_outside, c.clicks_duplicate
     )?;
-    writeln!(out, "         from a click to weights that serve: {fresh}")?;
+    writeln!(out, "         from a click to serving what was learned from it: {fresh}")?;
     writeln!(out, "         answers: p50 {}, p99 {}", ms(report.latency_p50_ms), ms(report.latency_p99_ms))?;
     if left {
         let dir = report.last.dir.display();
@@ -609,8 +607,9 @@ mod tests {
             seconds: 3600.0,
             dir: "/tmp/tidemill-demo-abcdef".into(),
             url: "http://127.0.0.1:65535".into(),
+            generated: true,
             speed: 1.0,
-            impressions_written: 9_999_999,
+            impressions_written: 999_999,
             clicks_written: 999_999,
             history_written: 22_000,
             duplicates_written: 55_555,
@@ -619,7 +618,7 @@ mod tests {
             bytes_written: 2_500_000_000,
             impressions_rate: 99_999.0,
             clicks_rate: 9_999.0,
-            trained: 9_999_999,
+            trained: 999_999,
             trained_rate: 99_999.0,
             waiting: 111_111,
             frontier_age: Some(5.7),
@@ -632,19 +631,21 @@ mod tests {
             refusals: 0,
             click_to_served: Some((6.9, 8.1)),
             clicks_served: 12,
-            requests_answered: 9_999_999,
+            requests_answered: 999_999,
             requests_failed: 0,
             requests_before_first: 10,
             requests_rate: 100.0,
             latency_p50_ms: Some(0.4),
             latency_p99_ms: Some(12.3),
         };
-        for _ in 0..2 {
-            let lines = panel(&view, 100, Paint(false));
+        for width in [80, 100, 80, 100] {
+            let lines = panel(&view, width, Paint(false));
             assert_eq!(lines.len(), PANEL);
-            assert!(lines.iter().all(|line| line.chars().count() <= 100), "{}", lines.join("\n"));
+            assert!(lines.iter().all(|line| line.chars().count() <= width), "{}", lines.join("\n"));
             assert!(!lines.concat().contains('\x1b'));
-            (view.recent, view.version_served, view.click_to_served, view.frontier_age) = (None, None, None, None);
+            if width == 100 {
+                (view.recent, view.version_served, view.click_to_served, view.frontier_age) = (None, None, None, None);
+            }
         }
     }
 }

@@ -99,7 +99,8 @@ pub struct Learning {
     rest: Vec<u8>,
     /// The header was read.
     begun: bool,
-    has_truth: bool,
+    /// The ids are those of a generated stream.
+    pub has_truth: bool,
     recent: VecDeque<Scored>,
     parts: Vec<Sums>,
     open: Sums,

@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::train::{self, Options as TrainOptions, Progress, Summary, Tick, Until};
+use crate::app::publisher::chain;
+use crate::app::train::{self, Options as TrainOptions, Progress, Summary, Tick, Until};
 use crate::clock;
 use crate::config::{self, Checked, Config};
 use crate::event::{Stream, Time};
@@ -108,6 +109,8 @@ pub struct View {
     pub dir: PathBuf,
     /// Where the node listens.
     pub url: String,
+    /// Or else replayed.
+    pub generated: bool,
     /// How many times faster than the clock event time runs; 1 for the generated stream.
     pub speed: f64,
     pub impressions_written: u64,
@@ -491,6 +494,7 @@ impl Demo<'_> {
             seconds: self.began.elapsed().as_secs_f64(),
             dir: self.options.dir.clone(),
             url: self.url.clone(),
+            generated: self.learning.has_truth,
             speed: self.speed,
             impressions_written: impressions,
             clicks_written: now[1],
@@ -563,7 +567,7 @@ fn verify(dir: &Path, sender: &Sender) -> Result<Verified, Error> {
         let model = match loaded.map_err(serve::Error::from).and_then(Model::new) {
             Ok(model) => model,
             Err(error) => {
-                found.broken.push(crate::app::publisher::chain(&error));
+                found.broken.push(chain(&error));
                 continue;
             }
         };
@@ -632,7 +636,7 @@ fn report(demo: &Demo<'_>, last: View, training: Summary, cut: usize, verified: 
         "every record is accounted for",
         gaps == (0, 0) && demo.learning.examples == training.examples,
         format!(
-            "{} impressions and {} clicks placed, gaps {} and {}; {} examples, {} seen from outside",
+            "{} impressions, {} clicks placed, gaps {} and {}; {} examples, outside saw {}",
             c.impressions, c.clicks, gaps.0, gaps.1, training.examples, demo.learning.examples
         ),
     );
@@ -668,7 +672,7 @@ fn judge(third: Option<Figures>, examples: u64) -> Promise {
             None => format!("not judged below {} examples", MUST_CLOSE[0].0),
         };
         let found = format!(
-            "logloss {logloss:.4} is {:.0} % of the way from the constant's {constant:.4} to the truth's {best:.4} ({judged})",
+            "logloss {logloss:.4}, {:.0} % of the way from constant {constant:.4} to truth {best:.4} ({judged})",
             closed * 100.0
         );
         return Promise { name, kept: needed.map(|share| closed >= share), found };

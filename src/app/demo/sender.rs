@@ -299,7 +299,17 @@ pub fn bodies(lines: &[Vec<u8>], config: &Config, candidates: usize, count: usiz
     };
     let pick = |at: usize| &records[xxhash_rust::xxh3::xxh3_64(&at.to_le_bytes()) as usize % records.len()];
     let body = |n: usize| {
-        let of_candidates: Vec<Value> = (0..candidates).map(|i| part(pick(n * candidates + i), &of_item)).collect();
+        // Distinct, unless there are too few items.
+        let mut of_candidates: Vec<Value> = Vec::new();
+        for i in 0.. {
+            let candidate = part(pick((n * candidates + i) * 31 + 7), &of_item);
+            if i >= 10 * candidates || !of_candidates.contains(&candidate) {
+                of_candidates.push(candidate);
+            }
+            if of_candidates.len() == candidates {
+                break;
+            }
+        }
         let request = json!({"context": part(pick(usize::MAX - n), &of_context), "candidates": of_candidates});
         Body { text: request.to_string().into_bytes(), candidates }
     };
