@@ -287,7 +287,7 @@ impl Paint {
 }
 
 /// Lines of the panel.
-const PANEL: usize = 17;
+const PANEL: usize = 18;
 /// Cells of a bar.
 const BAR: usize = 24;
 
