@@ -3,7 +3,8 @@
 mod common;
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use common::TIDEMILL;
 use serde_json::Value;
@@ -73,6 +74,39 @@ fn real_files_are_replayed_through_the_same_loop() {
     assert_eq!(report["last_third"]["best"], Value::Null);
     // 207 clicks say nothing about learning, and the demo does not claim that they do.
     assert_eq!(report["promises"].as_array().unwrap().last().unwrap()["kept"], Value::Null);
+}
+
+#[test]
+fn a_version_that_was_damaged_after_it_answered_breaks_a_promise_and_the_exit_code_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path().join("demo");
+    let mut command = Command::new(TIDEMILL);
+    command.args(["demo", "--json", "--seconds", "10", "--rate", "500", "--dir"]).arg(&dir);
+    let running = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let objects = dir.join("snapshots/objects");
+    let mut written = Vec::new();
+    while written.len() < 3 {
+        std::thread::sleep(Duration::from_millis(50));
+        let entries = std::fs::read_dir(&objects).into_iter().flatten();
+        let paths = entries.map(|entry| entry.unwrap().path());
+        written = paths.filter(|path| path.extension().is_some_and(|ending| ending == "safetensors")).collect();
+    }
+    // The oldest: it has answered, and the node is done with it.
+    written.sort_by_key(|path| std::fs::metadata(path).unwrap().modified().unwrap());
+    let mut bytes = std::fs::read(&written[0]).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&written[0], bytes).unwrap();
+
+    let output = running.wait_with_output().unwrap();
+    assert!(!output.status.success());
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["ok"], false);
+    let promises = report["promises"].as_array().unwrap();
+    let broken: Vec<_> = promises.iter().filter(|promise| promise["kept"] == false).collect();
+    assert_eq!(broken.len(), 1, "{broken:?}");
+    assert_eq!(broken[0]["name"], "every version that answered verifies");
+    let name = written[0].file_name().unwrap().to_str().unwrap();
+    assert!(broken[0]["found"].as_str().unwrap().contains(name), "{broken:?}");
 }
 
 #[test]
