@@ -254,7 +254,10 @@ fn sigterm_ends_a_following_job_cleanly_and_it_goes_on_to_the_same_bytes() {
     let whole = Job::over(&dir).train(&["--until-end"]);
     let job = Job::over(&dir);
     let child = job.command(&["--json"]).spawn().unwrap();
-    std::thread::sleep(std::time::Duration::from_millis(700));
+    // Once it has published it has learned something; that may take a while on a busy machine.
+    while std::fs::read_dir(job.path("snapshots/manifests")).map_or(0, Iterator::count) == 0 {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
     let killed = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
     assert!(killed.success());
     let stopped = summary(&child.wait_with_output().unwrap());
