@@ -7,9 +7,9 @@ use super::dead_letters::DeadLetters;
 use super::job::{Error, Options, Until};
 use crate::clock;
 use crate::config::Checked;
-use crate::event::{Chunk, Stream};
+use crate::event::Stream;
 use crate::merge::PartitionPosition;
-use crate::position::{Fingerprint, NextOffset};
+use crate::position::NextOffset;
 use crate::source::decode::Decoder;
 use crate::source::file;
 use crate::source::{self, Arrival, Decode, NewDecoder, Partition, Recycler, Sources};
@@ -62,15 +62,6 @@ fn specs(streams: &[(Stream, file::Settings, NewDecoder)], follow: bool) -> Resu
     Ok(all)
 }
 
-/// Adapts the decoder to the source's seam.
-struct Lines(Decoder);
-
-impl Decode for Lines {
-    fn decode(&mut self, raw: &[u8], offset: u64, before: Fingerprint, out: &mut Chunk) {
-        self.0.decode(raw, offset, before, out);
-    }
-}
-
 /// Makes decoders for a stream, after one was made to see that the mapping is sound.
 pub fn decoder(checked: &Checked, stream: Stream, keep_text: bool) -> Result<NewDecoder, Error> {
     let (settings, schema) = match stream {
@@ -82,7 +73,7 @@ pub fn decoder(checked: &Checked, stream: Stream, keep_text: bool) -> Result<New
     };
     let make = move || Decoder::new(stream, &settings, schema.as_ref(), keep_text);
     make()?;
-    Ok(Arc::new(move || Box::new(Lines(make().expect("made once before"))) as Box<dyn Decode>))
+    Ok(Arc::new(move || Box::new(make().expect("made once before")) as Box<dyn Decode>))
 }
 
 /// Opens all files: those of the checkpoint where it ended, others at their start.

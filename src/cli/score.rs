@@ -47,14 +47,6 @@ pub struct Score {
     pub explain: bool,
 }
 
-struct Lines(Decoder);
-
-impl Decode for Lines {
-    fn decode(&mut self, raw: &[u8], offset: u64, before: crate::position::Fingerprint, out: &mut crate::event::Chunk) {
-        self.0.decode(raw, offset, before, out);
-    }
-}
-
 #[derive(Serialize)]
 struct Explained<'a> {
     id: &'a str,
@@ -97,7 +89,7 @@ impl Score {
             }
         };
         make()?;
-        let new = Arc::new(move || Box::new(Lines(make().expect("made once before"))) as Box<dyn Decode>);
+        let new = Arc::new(move || Box::new(make().expect("made once before")) as Box<dyn Decode>);
         let settings = Settings { paths: self.inputs.clone(), ..Settings::default() };
         let new: crate::source::NewDecoder = new;
         let specs = settings.check("FILE")?.specs(Stream::Impressions, false, &new, |_| NextOffset::default());

@@ -265,6 +265,12 @@ struct Walker {
     refused: usize,
 }
 
+impl super::Decode for Decoder {
+    fn decode(&mut self, raw: &[u8], offset: u64, before: Fingerprint, out: &mut Chunk) {
+        self.decode(raw, offset, before, out);
+    }
+}
+
 impl Decoder {
     /// Compiles the mapping. `schema` is `None` for clicks. `keep_text` keeps each id's canonical text in the chunk.
     pub fn new(
