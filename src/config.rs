@@ -11,9 +11,8 @@ use crate::feature::schema::{CrossSettings, FeatureSettings, Schema};
 use crate::merge::{self, Bounds, StreamRules};
 use crate::model::logistic;
 use crate::source::decode::RecordSettings;
-use crate::source::file;
 use crate::train::progressive;
-use crate::{join, snapshot};
+use crate::{join, snapshot, source};
 
 /// Why a configuration cannot be used. Each message names the file or the key, what was expected and what was found.
 #[derive(Debug, thiserror::Error)]
@@ -108,7 +107,7 @@ pub struct StreamSettings {
     /// negatives. "never": a dead click feed holds training. Default "never".
     #[serde(default = "never")]
     pub quiet_after: OrNever,
-    pub source: file::Settings,
+    pub source: source::Settings,
     #[serde(default)]
     pub record: RecordSettings,
 }
@@ -245,7 +244,9 @@ impl Default for PublishSettings {
 #[serde(deny_unknown_fields)]
 pub struct DeadLetterSettings {
     /// JSON-lines file that rejected records are appended to, with position and reason; at least once each.
-    pub path: PathBuf,
+    pub path: Option<PathBuf>,
+    /// Kafka topic that they are written to instead: key and value as they were, position and reason in headers.
+    pub topic: Option<String>,
 }
 
 /// `[telemetry]`
@@ -289,6 +290,8 @@ pub struct Config {
     pub dead_letters: Option<DeadLetterSettings>,
     #[serde(default)]
     pub telemetry: TelemetrySettings,
+    /// How Kafka is reached; needed where a source, or the dead letters, are in Kafka.
+    pub kafka: Option<source::kafka::Cluster>,
 }
 
 /// A configuration that was found to fit together.
@@ -333,6 +336,9 @@ impl Config {
 
     /// Checks everything that can be checked without touching a file or a store.
     pub fn check(mut self, until: Option<Time>) -> Result<Checked, Error> {
+        if let Some(cluster) = &self.kafka {
+            cluster.check().map_err(source::Error::from)?;
+        }
         let schema = Schema::new(&self.features, &self.crosses)?;
         // Spelled out, so that checkpoints and manifests say what was used.
         self.model.logistic.a = Some(self.model.logistic.rate(schema.len()));
@@ -355,8 +361,13 @@ impl Config {
         let mut streams = vec![("impressions", &self.impressions)];
         streams.extend(self.clicks.as_ref().map(|clicks| ("clicks", clicks)));
         for (name, stream) in &streams {
+            stream.source.check(&format!("{name}.source"))?;
+            if stream.source.kind == source::Kind::Kafka && self.kafka.is_none() {
+                return refuse("kafka", format!("must be given, for {name}.source.kind is \"kafka\""), "nothing");
+            }
             let longest = stream.max_out_of_order;
-            if stream.record.log_time.is_none() && stream.max_ahead > longest {
+            let timed = stream.record.log_time.is_some() || stream.source.has_log_time();
+            if !timed && stream.max_ahead > longest {
                 return refuse(
                     format!("{name}.max_ahead"),
                     format!("must be at most {name}.max_out_of_order ({longest:?}) where records carry no log time"),
@@ -364,8 +375,29 @@ impl Config {
                 );
             }
         }
+        if let Some(shard) = self.clicks.as_ref().and_then(|clicks| clicks.source.shard.as_ref())
+            && self.impressions.source.shard.as_ref() != Some(shard)
+        {
+            let ours = self.impressions.source.shard.as_ref().map_or("nothing".into(), |ours| format!("\"{ours}\""));
+            let expected =
+                format!("must be left out (every shard reads all clicks) or that of the impressions ({ours})");
+            return refuse("clicks.source.shard", expected, format!("\"{shard}\""));
+        }
         if self.impressions.quiet_after.0.is_some() {
             return refuse("impressions.quiet_after", "is a setting of [clicks] only", "a duration");
+        }
+        if let Some(letters) = &self.dead_letters {
+            match (&letters.path, &letters.topic) {
+                (Some(_), None) => {}
+                (None, Some(_)) if self.kafka.is_some() => {}
+                (None, Some(_)) => {
+                    return refuse("kafka", "must be given, for dead_letters.topic is", "nothing");
+                }
+                (path, _) => {
+                    let value = if path.is_some() { "both" } else { "neither" };
+                    return refuse("dead_letters", "must have either `path` or `topic`", value);
+                }
+            }
         }
         if self.batch.examples == 0 || self.batch.examples > 1 << 20 {
             return refuse("batch.examples", "must be 1 to 1048576", self.batch.examples);
@@ -429,6 +461,9 @@ impl Checked {
             binding.insert(format!("{name}.max_out_of_order"), format!("{:?}", stream.max_out_of_order));
             binding.insert(format!("{name}.max_ahead"), format!("{:?}", stream.max_ahead));
             binding.insert(format!("{name}.record"), json(&stream.record));
+            if stream.source.kind == source::Kind::Kafka {
+                binding.insert(format!("{name}.source.log_time"), json(&stream.source.log_time.unwrap_or_default()));
+            }
         }
         binding.insert("clicks".into(), if config.clicks.is_some() { "a stream" } else { "none" }.into());
         binding.insert("join.window".into(), format!("{}ms", self.join.window));

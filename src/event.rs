@@ -143,6 +143,8 @@ pub struct Chunk {
     pub text: Vec<u8>,
     /// (index in `records`, why) of each [`Kind::Rejected`], ascending.
     pub rejects: Vec<(u32, String)>,
+    /// What the log holds of records that are, or may yet be, rejected; ascending by `index`.
+    pub originals: Vec<Original>,
     /// Where the partition goes on after this chunk.
     pub next: crate::position::NextOffset,
     /// Bytes of log that the chunk was made of, before decoding.
@@ -156,6 +158,7 @@ impl Chunk {
         self.slots.clear();
         self.text.clear();
         self.rejects.clear();
+        self.originals.clear();
         self.next = crate::position::NextOffset::default();
         self.bytes = 0;
     }
@@ -199,6 +202,26 @@ impl Chunk {
             .binary_search_by_key(&(index as u32), |(at, _)| *at)
             .map_or("", |found| self.rejects[found].1.as_str())
     }
+}
+
+impl Chunk {
+    /// The key, if it has one, and the value of the record at `index` as the log has them, if they were kept.
+    #[must_use]
+    pub fn original_of(&self, index: usize) -> Option<(Option<&[u8]>, &[u8])> {
+        let found = self.originals.binary_search_by_key(&(index as u32), |original| original.index).ok()?;
+        let bytes = |(start, len): (u32, u32)| &self.text[start as usize..][..len as usize];
+        let Original { key, value, .. } = self.originals[found];
+        Some((key.map(bytes), bytes(value)))
+    }
+}
+
+/// A record as its log has it: start and length in the text of its chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Original {
+    /// In [`Chunk::records`].
+    pub index: u32,
+    pub key: Option<(u32, u32)>,
+    pub value: (u32, u32),
 }
 
 /// Mixes `b` into `a` by a folded 64 x 64 -> 128 bit product, as wyhash does.

@@ -11,7 +11,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("clock", &["event"]),
     ("telemetry", &["event"]),
     ("feature", &["event"]),
-    ("source", &["event", "position", "feature"]),
+    ("source", &["event", "position", "clock", "feature"]),
     ("merge", &["event", "position"]),
     ("join", &["event", "merge"]),
     ("batch", &["event"]),
@@ -88,6 +88,7 @@ const FOREIGN: &[(&str, &[&str])] = &[
     ("crossbeam_channel", &["src/app/keeper.rs", "src/cli/generate.rs", "src/source/pool.rs"]),
     ("metrics", &["src/telemetry.rs"]),
     ("toml", &["src/config.rs"]),
+    ("rdkafka", &["src/source/kafka/"]),
     ("rand_pcg", &["src/generate.rs"]),
     ("mimalloc", &["src/main.rs"]),
 ];

@@ -482,7 +482,7 @@ fn a_record_from_the_future_is_rejected_and_does_not_drag_the_watermark() {
     let log = small(&[(1, 1000), (2, 1000 + day), (3, 1010)], &[]);
     merge.offer(impressions, chunk(&log[0].1, 0), Time(1005)).unwrap();
     assert_eq!(merge.watermark(impressions), Time(1010 - OUT_OF_ORDER));
-    let [(_, offset, _, reason)] = &merge.take_rejected()[..] else { panic!("one reject") };
+    let [tidemill::merge::Rejected { offset, reason, .. }] = &merge.take_rejected()[..] else { panic!("one reject") };
     assert_eq!(*offset, 1);
     assert!(reason.contains("ahead of its clock"), "{reason}");
     assert_eq!(merge.journal().len(), 1, "what the clock decided is journaled");

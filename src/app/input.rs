@@ -1,4 +1,4 @@
-//! What feeds the core: the files of both streams, read as the merge asks for them.
+//! What feeds the core: the partitions of both streams, read as the merge asks for them.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 use super::dead_letters::DeadLetters;
 use super::job::{Error, Options, Until};
 use crate::clock;
-use crate::config::Checked;
-use crate::event::Stream;
+use crate::config::{self, Checked, StreamSettings};
+use crate::event::{Stream, Time};
 use crate::merge::PartitionPosition;
 use crate::position::NextOffset;
 use crate::source::decode::Decoder;
-use crate::source::file;
-use crate::source::{self, Arrival, Decode, NewDecoder, Partition, Recycler, Sources};
+use crate::source::kafka::{Log, PartitionState};
+use crate::source::{self, Arrival, Decode, NewDecoder, Origin, Partition, Recycler, Sources, file};
 use crate::train::core::Core;
 
 /// The sources of a job: partitions of both streams in the order of the checkpoint, then of the config.
@@ -21,46 +21,117 @@ pub struct Input {
     partitions: Vec<Option<Partition>>,
     pub recycler: Recycler,
     sources: Sources,
-    streams: Vec<(Stream, file::Settings, NewDecoder)>,
+    feeds: Vec<Feed>, // after `sources`, whose readers use them
     follow: bool,
     /// When the patterns were last looked at for new files.
     looked: Instant,
 }
 
+/// Where one stream comes from.
+struct Feed {
+    stream: Stream,
+    settings: source::Settings,
+    decoder: NewDecoder,
+    /// None: from files.
+    log: Option<Log>,
+}
+
+/// A partition that there is, before it is read.
+struct Found {
+    feed: usize,
+    name: String,
+    /// Of a file.
+    spec: Option<source::Spec>,
+}
+
+impl Feed {
+    fn open(checked: &Checked, stream: Stream, settings: &StreamSettings, keep_ids: bool) -> Result<Self, Error> {
+        let decoder = decoder(checked, stream, keep_ids)?;
+        let log = match (settings.source.find(&key(stream))?, &checked.config.kafka) {
+            (Origin::Files(_), _) => None,
+            (Origin::Kafka(topics), Some(cluster)) => Some(Log::connect(stream, cluster, &topics).map_err(kafka)?),
+            (Origin::Kafka(_), None) => unreachable!("the config was checked"),
+        };
+        Ok(Self { stream, settings: settings.source.clone(), decoder, log })
+    }
+
+    /// All partitions that there are, in a fixed order.
+    fn partitions(&self, feed: usize, follow: bool) -> Result<Vec<Found>, Error> {
+        if let Some(log) = &self.log {
+            return Ok(log.partitions().into_iter().map(|name| Found { feed, name, spec: None }).collect());
+        }
+        let Origin::Files(files) = self.settings.find(&key(self.stream))? else { unreachable!("it has no log") };
+        let specs = files.specs(self.stream, follow, &self.decoder, |_| NextOffset::default());
+        let found = |spec: source::Spec| Found { feed, name: file::name_of(&spec.path), spec: Some(spec) };
+        Ok(specs.into_iter().map(found).collect())
+    }
+}
+
+fn key(stream: Stream) -> String {
+    format!("{}.source", stream.name())
+}
+
+fn kafka(error: source::kafka::Error) -> Error {
+    Error::Source(error.into())
+}
+
 impl Input {
-    /// Following: a file that has appeared under a pattern is a new partition, awaited from first sight.
+    /// Following: a file that has appeared under a pattern, or a partition that a topic has got, is awaited from first sight.
     fn discover(&mut self, core: &mut Core) -> Result<(), Error> {
         if !self.follow || self.looked.elapsed() < LOOK {
             return Ok(());
         }
         self.looked = Instant::now();
-        // A file that was there at the start and is gone now is the reader's business.
-        let Ok(specs) = specs(&self.streams, self.follow) else { return Ok(()) };
-        for spec in specs {
-            let (name, stream) = (file::name_of(&spec.path), spec.stream);
-            if (0..core.merge().partitions()).any(|p| core.merge().stream(p) == stream && core.merge().name(p) == name)
-            {
+        for feed in 0..self.feeds.len() {
+            let Feed { stream, decoder, log, .. } = &mut self.feeds[feed];
+            let stream = *stream;
+            if let Some(log) = log {
+                for (name, from) in log.found() {
+                    tracing::info!(stream = stream.name(), name, offset = from.offset, "a new partition");
+                    let read = log.read(&mut self.sources, &[(name.clone(), from)], false, decoder)?;
+                    self.partitions.extend(read.into_iter().map(Some));
+                    core.merge_mut().add_resumed(&fresh(&name, stream, from), std::iter::empty());
+                }
                 continue;
             }
-            tracing::info!(stream = stream.name(), name, "a new partition");
-            self.partitions.push(Some(self.sources.add(spec)?));
-            core.merge_mut().add_partition(&name, stream);
+            // A file that was there at the start and is gone now is the reader's business.
+            let Ok(found) = self.feeds[feed].partitions(feed, self.follow) else { continue };
+            for Found { name, spec, .. } in found {
+                let merge = core.merge();
+                if (0..merge.partitions()).any(|p| merge.stream(p) == stream && merge.name(p) == name) {
+                    continue;
+                }
+                tracing::info!(stream = stream.name(), name, "a new partition");
+                let read = self.sources.add_files(spec.into_iter().collect())?;
+                self.partitions.extend(read.into_iter().map(Some));
+                core.merge_mut().add_partition(&name, stream);
+            }
         }
         Ok(())
     }
-}
 
-/// How often followed patterns are looked at for new files.
-const LOOK: Duration = Duration::from_secs(1);
-
-fn specs(streams: &[(Stream, file::Settings, NewDecoder)], follow: bool) -> Result<Vec<source::Spec>, Error> {
-    let mut all = Vec::new();
-    for (stream, settings, decoder) in streams {
-        let files = settings.check(&format!("{}.source", stream.name()))?;
-        all.extend(files.specs(*stream, follow, decoder, |_| NextOffset::default()));
+    /// Where the partitions of Kafka stand.
+    pub fn states(&self) -> Vec<(Stream, PartitionState)> {
+        let logs = self.feeds.iter().filter_map(|feed| Some((feed.stream, feed.log.as_ref()?)));
+        logs.flat_map(|(stream, log)| log.states().into_iter().map(move |state| (stream, state))).collect()
     }
-    Ok(all)
+
+    /// Shows lag tools from where a restart would read, after a checkpoint says so.
+    pub fn commit(&self, positions: &[PartitionPosition]) {
+        for (feed, log) in self.feeds.iter().filter_map(|feed| Some((feed, feed.log.as_ref()?))) {
+            let mine = positions.iter().filter(|position| position.stream == feed.stream);
+            log.commit(mine.map(|position| (position.name.clone(), position.from)));
+        }
+    }
 }
+
+/// The position of a partition of which nothing was read.
+fn fresh(name: &str, stream: Stream, from: NextOffset) -> PartitionPosition {
+    PartitionPosition { name: name.to_owned(), stream, from, watermark: Time::MIN, read: from }
+}
+
+/// How often it is looked for new partitions.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Makes decoders for a stream, after one was made to see that the mapping is sound.
 pub fn decoder(checked: &Checked, stream: Stream, keep_text: bool) -> Result<NewDecoder, Error> {
@@ -76,7 +147,7 @@ pub fn decoder(checked: &Checked, stream: Stream, keep_text: bool) -> Result<New
     Ok(Arc::new(move || Box::new(make().expect("made once before")) as Box<dyn Decode>))
 }
 
-/// Opens all files: those of the checkpoint where it ended, others at their start.
+/// Opens all partitions: those of the checkpoint where it ended, others at their start.
 pub fn open(
     checked: &Checked,
     options: &Options,
@@ -85,53 +156,105 @@ pub fn open(
 ) -> Result<Input, Error> {
     let follow = options.until == Until::Stopped || options.follow;
     let config = &checked.config;
-    let keep_ids = options.predictions.is_some();
-    let mut streams = vec![(
-        Stream::Impressions,
-        config.impressions.source.clone(),
-        decoder(checked, Stream::Impressions, keep_ids)?,
-    )];
-    if let Some(clicks) = &config.clicks {
-        streams.push((Stream::Clicks, clicks.source.clone(), decoder(checked, Stream::Clicks, false)?));
+    let impressions = Feed::open(checked, Stream::Impressions, &config.impressions, options.predictions.is_some())?;
+    let clicks = config.clicks.as_ref().map(|clicks| Feed::open(checked, Stream::Clicks, clicks, false)).transpose()?;
+    let feeds: Vec<Feed> = std::iter::once(impressions).chain(clicks).collect();
+    same_partitions(&feeds)?;
+    let mut found = Vec::new();
+    for (index, feed) in feeds.iter().enumerate() {
+        found.extend(feed.partitions(index, follow)?);
     }
-    let mut specs = specs(&streams, follow)?;
     // Partitions keep their numbers: the checkpoint's first, in its order.
-    let place = |spec: &source::Spec| {
-        let name = file::name_of(&spec.path);
-        known.iter().position(|known| known.name == name && known.stream == spec.stream)
+    let place = |found: &Found| {
+        known.iter().position(|known| known.name == found.name && known.stream == feeds[found.feed].stream)
     };
-    for spec in &mut specs {
-        spec.from = place(spec).map_or_else(NextOffset::default, |at| known[at].from);
-    }
-    // A file that was trained to its end may leave; its number stays taken.
     let mut slots: Vec<Option<usize>> = Vec::new();
+    let mut from = vec![NextOffset::default(); found.len()];
     for (index, position) in known.iter().enumerate() {
-        let found = specs.iter().position(|spec| place(spec) == Some(index));
-        if found.is_none() {
-            let PartitionPosition { name, stream, from, read, .. } = position;
-            if from.offset < read.offset {
-                return Err(Error::PartitionGone { name: name.clone(), stream: stream.name() });
+        let at = found.iter().position(|found| place(found) == Some(index));
+        slots.push(at);
+        if let Some(at) = at {
+            let log = feeds[found[at].feed].log.as_ref();
+            let resumed = log.map(|log| log.resume(&position.name, position.from, options.skip_lost)).transpose();
+            from[at] = resumed.map_err(kafka)?.unwrap_or(position.from);
+            if from[at] != position.from {
+                let (from, to) = (position.from.offset, from[at].offset);
+                tracing::error!(
+                    name = position.name,
+                    from,
+                    to,
+                    "LOST: retention dropped records before they were trained"
+                );
+                core.merge_mut().skip(index, NextOffset { offset: to, ..NextOffset::default() });
             }
-            tracing::warn!(
-                name,
-                stream = stream.name(),
-                offset = read.offset,
-                "a file is gone; it counts as ended there"
-            );
-            core.merge_mut().ended(index)?;
+            continue;
         }
-        slots.push(found);
-    }
-    for (at, spec) in specs.iter().enumerate() {
-        if place(spec).is_none() {
-            core.merge_mut().add_partition(&file::name_of(&spec.path), spec.stream);
-            slots.push(Some(at));
+        // A partition that was trained to its end may leave; its number stays taken.
+        let PartitionPosition { name, stream, from, read, .. } = position;
+        if from.offset < read.offset {
+            return Err(Error::PartitionGone { name: name.clone(), stream: stream.name() });
         }
+        tracing::warn!(
+            name,
+            stream = stream.name(),
+            offset = read.offset,
+            "a partition is gone; it counts as ended there"
+        );
+        core.merge_mut().ended(index)?;
     }
-    let (sources, opened, recycler) = Sources::open(specs, checked.decode_threads())?;
-    let mut opened: Vec<Option<Partition>> = opened.into_iter().map(Some).collect();
+    for (at, new) in found.iter().enumerate().filter(|(_, found)| place(found).is_none()) {
+        let feed = &feeds[new.feed];
+        if let Some(log) = &feed.log {
+            from[at] = log.start_of(&new.name, known.iter().map(|known| known.name.as_str())).map_err(kafka)?;
+        }
+        core.merge_mut().add_resumed(&fresh(&new.name, feed.stream, from[at]), std::iter::empty());
+        slots.push(Some(at));
+    }
+    let mut sources = Sources::start(checked.decode_threads())?;
+    let mut opened: Vec<Option<Partition>> = Vec::new();
+    for (index, feed) in feeds.iter().enumerate() {
+        let mine = found.iter_mut().zip(&from).filter(|(found, _)| found.feed == index);
+        opened.extend(
+            match &feed.log {
+                Some(log) => {
+                    let names: Vec<_> = mine.map(|(found, from)| (found.name.clone(), *from)).collect();
+                    log.read(&mut sources, &names, !follow, &feed.decoder)?
+                }
+                None => {
+                    let spec = |(found, from): (&mut Found, &NextOffset)| {
+                        found.spec.take().map(|spec| source::Spec { from: *from, ..spec })
+                    };
+                    sources.add_files(mine.filter_map(spec).collect())?
+                }
+            }
+            .into_iter()
+            .map(Some),
+        );
+    }
     let partitions = slots.into_iter().map(|slot| slot.and_then(|at| opened[at].take())).collect();
-    Ok(Input { partitions, recycler, sources, streams, follow, looked: Instant::now() })
+    let recycler = sources.recycler();
+    Ok(Input { partitions, recycler, sources, feeds, follow, looked: Instant::now() })
+}
+
+/// Where clicks are sharded too, an impression's clicks must be in the shard that has the impression: the topics of both
+/// streams must have equally many partitions.
+fn same_partitions(feeds: &[Feed]) -> Result<(), Error> {
+    let [Feed { log: Some(impressions), .. }, Feed { log: Some(clicks), .. }] = feeds else { return Ok(()) };
+    if clicks.shard() == source::kafka::Shard::ALL {
+        return Ok(());
+    }
+    let mut counts = impressions.counts().map_err(kafka)?;
+    counts.extend(clicks.counts().map_err(kafka)?);
+    if counts.windows(2).any(|pair| pair[0].1 != pair[1].1) {
+        let counts: Vec<_> = counts.iter().map(|(topic, count)| format!("{topic}: {count}")).collect();
+        return Err(Error::Config(config::Error::Setting {
+            key: "clicks.source.shard".into(),
+            expected: "says that both streams are partitioned alike, so all topics must have equally many partitions"
+                .into(),
+            value: counts.join(", "),
+        }));
+    }
+    Ok(())
 }
 
 /// How long the merge waits for the partition it needs before it looks around.
@@ -164,6 +287,12 @@ pub fn pump(core: &mut Core, input: &mut Input, on: Option<usize>, dead: &mut De
     match arrival {
         Some((partition, arrival)) => accept(core, partition, arrival, dead),
         None => {
+            // Ends are heard of also where no records are wanted, so that silence counts from when it began.
+            for partition in 0..input.partitions.len() {
+                while let Some(news) = input.partitions[partition].as_mut().and_then(Partition::try_news) {
+                    accept(core, partition, news, dead)?;
+                }
+            }
             core.merge_mut().tick(clock::now());
             Ok(())
         }
@@ -174,12 +303,12 @@ fn accept(core: &mut Core, partition: usize, arrival: Arrival, dead: &mut DeadLe
     match arrival {
         Arrival::Records(chunk) => {
             if !chunk.rejects.is_empty() {
-                let merge = core.merge();
-                dead.keep_rejects(merge.stream(partition), merge.name(partition), &chunk)?;
+                dead.keep_rejects(core.merge(), partition, &chunk)?;
             }
             core.offer(partition, chunk, clock::now())?;
         }
         Arrival::CaughtUp { .. } => core.merge_mut().caught_up(partition, clock::now()),
+        Arrival::Unconfirmed => core.merge_mut().unconfirmed(partition),
         Arrival::Ended { .. } => core.merge_mut().ended(partition)?,
         Arrival::Failed(error) => return Err(error.into()),
     }

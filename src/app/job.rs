@@ -27,6 +27,8 @@ pub struct Options {
     pub until: Until,
     /// With [`Until::Time`]: wait for files to grow rather than end where they end.
     pub follow: bool,
+    /// Go on where retention has dropped records that were not trained, rather than stop.
+    pub skip_lost: bool,
     /// File for id, prediction and label of every example.
     pub predictions: Option<PathBuf>,
 }
@@ -69,8 +71,8 @@ pub enum Error {
     #[error("the head of the checkpoint in `{}` cannot be read", dir.display())]
     Head { dir: PathBuf, source: serde_json::Error },
     #[error(
-        "the checkpoint has read the file `{name}` of {stream} further than it has trained, but the config no longer finds \
-         it: bring it back until its impressions are trained (a file that was trained to its end may go)"
+        "the checkpoint has read `{name}` of {stream} further than it has trained, but the config no longer finds it: bring \
+         it back until its impressions are trained (a partition that was trained to its end may go)"
     )]
     PartitionGone { name: String, stream: &'static str },
     #[error("cannot write predictions to `{}`", path.display())]

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::dead_letters::DeadLetters;
+use super::dead_letters::{At, DeadLetters};
 use super::input;
 pub use super::job::{Error, Options, Until};
 use super::keeper::Keeper;
@@ -16,7 +16,7 @@ use crate::batch::Cutter;
 use crate::config::Checked;
 use crate::event::Time;
 use crate::join::Join;
-use crate::merge::{Merge, PartitionPosition, WaitReason};
+use crate::merge::{self, Merge, PartitionPosition, WaitReason};
 use crate::model::logistic::Logistic;
 use crate::telemetry;
 use crate::train::checkpoint::Checkpoints;
@@ -87,7 +87,7 @@ pub fn run(
         .as_deref()
         .map(|path| Predictions::open(path, if resumed { predictions_at } else { None }))
         .transpose()?;
-    let mut dead = DeadLetters::open(config.dead_letters.as_ref().map(|letters| letters.path.as_path()))?;
+    let mut dead = DeadLetters::open(config)?;
 
     // Last stage first: publisher and checkpoint writer, the core, then what feeds it.
     let publisher = config.snapshots.as_ref().map(|settings| Handle::start(checked, settings)).transpose()?;
@@ -220,16 +220,14 @@ fn drain(core: &mut Core, predictions: Option<&mut Predictions>, dead: &mut Dead
     if let Some(predictions) = predictions {
         predictions.write(&core.take_predictions())?;
     }
-    for (partition, offset, row, reason) in core.merge_mut().take_rejected() {
-        let merge = core.merge();
-        dead.keep(merge.stream(partition as usize), merge.name(partition as usize), offset, row, &reason, "")?;
+    for merge::Rejected { partition, offset, row, reason, key, value } in core.merge_mut().take_rejected() {
+        let at = At::new(core.merge(), partition, offset, row);
+        dead.keep(&at, &reason, key.as_deref(), &value)?;
     }
     for bad in core.take_quarantined() {
-        let merge = core.merge();
         let reason =
             format!("example {:016x} was quarantined: its logit or step is not finite or out of bounds", bad.id);
-        let partition = bad.partition as usize;
-        dead.keep(merge.stream(partition), merge.name(partition), bad.offset, bad.row, &reason, "")?;
+        dead.keep(&At::new(core.merge(), bad.partition, bad.offset, bad.row), &reason, None, b"")?;
     }
     Ok(())
 }

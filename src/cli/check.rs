@@ -5,11 +5,13 @@ use std::io::Write as _;
 use anyhow::Context as _;
 
 use super::ConfigArgs;
+use crate::app::dead_letters::DeadLetters;
 use crate::app::{input, train};
 use crate::config::Checked;
 use crate::event::Stream;
 use crate::source::decode::{Decoder, EventView};
-use crate::source::file;
+use crate::source::kafka::Log;
+use crate::source::{Origin, file};
 use crate::train::checkpoint::{self, Checkpoints};
 
 /// Check a configuration: every setting, every file, and every path the job will write to
@@ -46,11 +48,22 @@ impl Check {
         streams.extend(config.clicks.as_ref().map(|clicks| (Stream::Clicks, clicks)));
         for (stream, settings) in &streams {
             input::decoder(&checked, *stream, false)?;
-            let files = settings.source.check(&format!("{}.source", stream.name()))?;
-            for path in &files.paths {
-                file::first_records(path, 1, files.max_record)?;
+            match (settings.source.find(&format!("{}.source", stream.name()))?, &config.kafka) {
+                (Origin::Files(files), _) => {
+                    for path in &files.paths {
+                        file::first_records(path, 1, files.max_record)?;
+                    }
+                    ok(stream.name(), format!("{} file(s) can be read", files.paths.len()))?;
+                }
+                (Origin::Kafka(topics), Some(cluster)) => {
+                    let log = Log::connect(*stream, cluster, &topics)?;
+                    Log::first_records(cluster, &topics, 1)?;
+                    let there: u64 = log.states().iter().map(|state| state.high - state.low).sum();
+                    let (topics, partitions) = (topics.topics.join("`, `"), log.partitions().len());
+                    ok(stream.name(), format!("`{topics}`: {partitions} partition(s) can be read, {there} records"))?;
+                }
+                (Origin::Kafka(_), None) => unreachable!("the config was checked"),
             }
-            ok(stream.name(), format!("{} file(s) can be read", files.paths.len()))?;
         }
         if let Some(settings) = &config.checkpoint {
             let dir = settings.dir.display();
@@ -81,9 +94,8 @@ impl Check {
                 format!("`{}`: create-only writes work; channel `{}` {names}", store.url(), settings.channel),
             )?;
         }
-        if let Some(settings) = &config.dead_letters {
-            crate::app::dead_letters::DeadLetters::open(Some(&settings.path))?;
-            ok("dead letters", format!("`{}`", settings.path.display()))?;
+        if let Some(place) = DeadLetters::open(config)?.place() {
+            ok("dead letters", place)?;
         }
         drop(out);
         for (stream, settings) in &streams {
@@ -104,20 +116,28 @@ fn try_write(dir: &std::path::Path) -> anyhow::Result<()> {
 fn show(checked: &Checked, stream: Stream, settings: &crate::config::StreamSettings, n: usize) -> anyhow::Result<()> {
     let schema = (stream == Stream::Impressions).then_some(&checked.schema);
     let mut decoder = Decoder::new(stream, &settings.record, schema, true)?;
-    let files = settings.source.check(&format!("{}.source", stream.name()))?;
-    let mut out = std::io::stdout().lock();
-    let mut left = n;
-    for path in &files.paths {
-        for (offset, raw) in file::first_records(path, left, files.max_record)? {
-            left -= 1;
-            writeln!(out, "\n{} `{}` at byte {offset}", stream.name(), file::name_of(path))?;
-            match decoder.describe(&raw) {
-                Ok(events) => events.iter().try_for_each(|event| event_lines(&mut out, event))?,
-                Err(reason) => writeln!(out, "  rejected: {reason}")?,
+    let mut samples = Vec::new();
+    match (settings.source.find(&format!("{}.source", stream.name()))?, &checked.config.kafka) {
+        (Origin::Files(files), _) => {
+            for path in &files.paths {
+                let records = file::first_records(path, n - samples.len(), files.max_record)?;
+                let place = |offset| format!("`{}` at byte {offset}", file::name_of(path));
+                samples.extend(records.into_iter().map(|(offset, raw)| (place(offset), raw)));
             }
         }
-        if left == 0 {
-            break;
+        (Origin::Kafka(topics), Some(cluster)) => {
+            let records = Log::first_records(cluster, &topics, n)?;
+            samples
+                .extend(records.into_iter().map(|(name, offset, raw)| (format!("`{name}` at offset {offset}"), raw)));
+        }
+        (Origin::Kafka(_), None) => unreachable!("the config was checked"),
+    }
+    let mut out = std::io::stdout().lock();
+    for (place, raw) in &samples {
+        writeln!(out, "\n{} {place}", stream.name())?;
+        match decoder.describe(raw) {
+            Ok(events) => events.iter().try_for_each(|event| event_lines(&mut out, event))?,
+            Err(reason) => writeln!(out, "  rejected: {reason}")?,
         }
     }
     Ok(())

@@ -14,8 +14,7 @@ use crate::feature::schema::Schema;
 use crate::position::NextOffset;
 use crate::snapshot::{Snapshot, Store, Version};
 use crate::source::decode::{Decoder, RecordSettings};
-use crate::source::file::{self, Settings};
-use crate::source::{Arrival, Decode, Sources};
+use crate::source::{Arrival, Decode, Origin, Settings, Sources};
 
 /// Score records offline, from a published snapshot
 ///
@@ -92,7 +91,8 @@ impl Score {
         let new = Arc::new(move || Box::new(make().expect("made once before")) as Box<dyn Decode>);
         let settings = Settings { paths: self.inputs.clone(), ..Settings::default() };
         let new: crate::source::NewDecoder = new;
-        let specs = settings.check("FILE")?.specs(Stream::Impressions, false, &new, |_| NextOffset::default());
+        let Origin::Files(files) = settings.find("FILE")? else { unreachable!("files are the default") };
+        let specs = files.specs(Stream::Impressions, false, &new, |_| NextOffset::default());
         let (_sources, partitions, recycler) = Sources::open(specs, 1)?;
 
         let mut out = BufWriter::new(std::io::stdout().lock());
@@ -106,13 +106,13 @@ impl Score {
                     Some(Arrival::Records(chunk)) => chunk,
                     Some(Arrival::Ended { .. }) => break,
                     Some(Arrival::Failed(error)) => return Err(error.into()),
-                    Some(Arrival::CaughtUp { .. }) | None => continue,
+                    Some(Arrival::CaughtUp { .. } | Arrival::Unconfirmed) | None => continue,
                 };
                 for (index, record) in chunk.records.iter().enumerate() {
                     if record.kind == Kind::Rejected {
                         rejected += 1;
                         let why = chunk.reason_of(index);
-                        eprintln!("`{}` at byte {}: {why}", file::name_of(partition.name.as_ref()), record.offset);
+                        eprintln!("`{}` at byte {}: {why}", partition.name(), record.offset);
                         continue;
                     }
                     let id = String::from_utf8_lossy(chunk.text_of(record));

@@ -15,13 +15,13 @@ use crate::merge::WaitReason;
 
 /// Train: join impressions and clicks, learn in their order, checkpoint and publish
 ///
-/// Without --until-end or --until it follows growing files until it gets SIGTERM or Ctrl-C, writes a last checkpoint and
+/// Without --until-end or --until it follows growing files and topics until it gets SIGTERM or Ctrl-C, writes a last checkpoint and
 /// snapshot, and goes on from there the next time.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Train {
     #[command(flatten)]
     pub config: ConfigArgs,
-    /// Read to the end that the files have now, then stop.
+    /// Read to the end that files and topics have now, then stop.
     #[arg(long, conflicts_with = "until")]
     pub until_end: bool,
     /// Train impressions before this time (RFC 3339 or Unix milliseconds), reading clicks one window further, then stop.
@@ -30,6 +30,10 @@ pub struct Train {
     /// With --until: wait for files to grow, rather than stop where they end.
     #[arg(long, requires = "until")]
     pub follow: bool,
+    /// Where Kafka's retention has dropped records before they were trained: go on with the first that is left, and say in
+    /// the journal what was skipped. Without it the job stops there.
+    #[arg(long)]
+    pub skip_lost: bool,
     /// Write `id,prediction,label` of every example, predicted before it was learned from.
     #[arg(long, value_name = "FILE")]
     pub predictions: Option<PathBuf>,
@@ -46,7 +50,8 @@ impl Train {
             None if self.until_end => Until::End,
             None => Until::Stopped,
         };
-        let options = Options { until, follow: self.follow, predictions: self.predictions.clone() };
+        let options =
+            Options { until, follow: self.follow, skip_lost: self.skip_lost, predictions: self.predictions.clone() };
         if let Some(listen) = checked.config.telemetry.listen {
             crate::app::exporter::start(listen)?;
         }

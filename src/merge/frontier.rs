@@ -52,6 +52,8 @@ pub enum Decision {
     Overtaken(Time),
     /// Its event time was too far past the clock at reading.
     Rejected,
+    /// The log had dropped the records from this offset on before they were read, and an operator let it go on at `to`.
+    Skipped { to: u64 },
 }
 
 /// One decision of the runtime, with the record it is about.
@@ -245,9 +247,29 @@ pub struct Merge {
     #[expect(clippy::vec_box, reason = "the box travels on, with its address and its memory")]
     recycled: Vec<Box<Chunk>>,
     quiet: bool,
-    /// Records rejected here rather than by the decoder: what the runtime decided. Drained by the caller.
-    rejected: Vec<(u32, u64, u32, String)>,
+    /// Records rejected here rather than by the decoder. Drained by the caller.
+    rejected: Vec<Rejected>,
     counts: ReadCounts,
+}
+
+/// A record that was rejected for its times.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rejected {
+    pub partition: u32,
+    pub offset: u64,
+    pub row: u32,
+    pub reason: String,
+    pub key: Option<Vec<u8>>,
+    /// The record as the log has it; empty where it was not kept.
+    pub value: Vec<u8>,
+}
+
+impl Rejected {
+    fn new(partition: usize, chunk: &Chunk, index: usize, reason: String) -> Self {
+        let Record { offset, row, .. } = chunk.records[index];
+        let (key, value) = chunk.original_of(index).unwrap_or_default();
+        Self { partition: partition as u32, offset, row, reason, key: key.map(<[u8]>::to_vec), value: value.to_vec() }
+    }
 }
 
 /// What was read, as opposed to what was released: differs between runs, as reading ahead does.
@@ -315,6 +337,7 @@ impl Merge {
             match entry.decision {
                 Decision::Overtaken(w) => known.0 = Some(w),
                 Decision::Rejected => known.1 = true,
+                Decision::Skipped { .. } => {}
             }
         }
         let queue = match at.stream {
@@ -402,8 +425,8 @@ impl Merge {
         self.partitions[partition].real
     }
 
-    /// Records that the runtime itself rejected since the last call: (partition, offset, row, reason).
-    pub fn take_rejected(&mut self) -> Vec<(u32, u64, u32, String)> {
+    /// Records that were rejected for their times since the last call.
+    pub fn take_rejected(&mut self) -> Vec<Rejected> {
         std::mem::take(&mut self.rejected)
     }
 
@@ -477,12 +500,7 @@ impl Merge {
                     Placing::Ahead { time } => {
                         rejected = true;
                         let by = record.event_time.0 - record.log_time.0;
-                        self.rejected.push((
-                            partition as u32,
-                            record.offset,
-                            record.row,
-                            ahead_of("log time", by, bounds),
-                        ));
+                        self.rejected.push(Rejected::new(partition, &chunk, index, ahead_of("log time", by, bounds)));
                         (time, false)
                     }
                 }
@@ -504,7 +522,7 @@ impl Merge {
                 }
                 if by_clock {
                     let by = record.event_time.0.saturating_sub(now.0);
-                    self.rejected.push((partition as u32, record.offset, record.row, ahead_of("clock", by, bounds)));
+                    self.rejected.push(Rejected::new(partition, &chunk, index, ahead_of("clock", by, bounds)));
                     self.journal.push(JournalEntry {
                         partition: partition as u32,
                         offset: record.offset,
@@ -581,6 +599,26 @@ impl Merge {
     /// All that the partition has was offered, and its end was confirmed after that, at `now`.
     pub fn caught_up(&mut self, partition: usize, now: Time) {
         self.partitions[partition].caught_up = Some(now);
+    }
+
+    /// What was said by [`Merge::caught_up`] does not hold any more: the partition is awaited.
+    pub fn unconfirmed(&mut self, partition: usize) {
+        let p = &mut self.partitions[partition];
+        (p.idle, p.caught_up) = (false, None);
+        self.refresh();
+    }
+
+    /// Goes on at `to`: what lay before it and was not read is lost, and an operator has said so. Called before anything was
+    /// offered of the partition.
+    pub fn skip(&mut self, partition: usize, to: NextOffset) {
+        let time = self.frontier.map_or(Time::MIN, |frontier| frontier.time);
+        let p = &mut self.partitions[partition];
+        let (offset, decision) = (p.read.offset, Decision::Skipped { to: to.offset });
+        self.journal.push(JournalEntry { partition: partition as u32, offset, row: 0, decision, time });
+        p.read = to;
+        if p.known.offset < to.offset {
+            p.known = to;
+        }
     }
 
     /// Bounded input: the partition's end has been reached. It must not lie before what an earlier run has read.

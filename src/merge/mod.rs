@@ -9,7 +9,7 @@ mod reorder;
 mod watermark;
 
 pub use frontier::{
-    Click, Decision, Held, JournalEntry, Key, Merge, PartitionPosition, ReadCounts, Ready, Released, Rewritten, Rules,
-    Step, StreamRules, WaitReason,
+    Click, Decision, Held, JournalEntry, Key, Merge, PartitionPosition, ReadCounts, Ready, Rejected, Released,
+    Rewritten, Rules, Step, StreamRules, WaitReason,
 };
 pub use watermark::{Bounds, Placing, Watermark};

@@ -21,59 +21,22 @@ use std::io::{self, BufRead as _, BufReader, Read};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::sync::Arc;
 use std::time::Duration;
 
 use memchr::{memchr, memchr_iter, memrchr};
-use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3Default;
 
-use super::pool::{self, BLOCK, Desk, HEAD, Job, Partition, Pool, Queue, Recycler, Ticket, lock};
+use super::pool::{self, BLOCK, Content, Desk, HEAD, Halt, Job, Queue, RECORDS, Ticket};
+use super::readers::Stop;
 use super::{Arrival, Error, NewDecoder};
 use crate::event::Stream;
 use crate::position::{Fingerprint, NextOffset};
 
-/// Records that a block aims at; the last block and long or very uneven records miss it.
-const RECORDS: usize = 512;
 /// Blocks of short records are smaller than [`BLOCK`], down to this many bytes.
 const SMALLEST: usize = 16 << 10;
 
-/// How a stream's files are found and read.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Settings {
-    /// Always `"file"`.
-    pub kind: Kind,
-    /// Files of JSON lines, plain, gzip or zstd. The last part of a path may hold `*` (any characters) and `?` (one). Each
-    /// file is a partition, named by its path as written here.
-    pub paths: Vec<String>,
-    /// Longest record, in bytes without its line end, 1 to 1 GiB. Longer ones are rejected. Default 1 MiB (1048576).
-    pub max_record: usize,
-    /// How often a followed file is looked at for growth; 1ms or more. Default 200ms.
-    #[serde(with = "humantime_serde")]
-    pub poll: Duration,
-    /// How many chunks (about 512 records each) are decoded ahead per file, 1 to 1024. Default 4. More evens out bursts
-    /// and costs memory.
-    pub queue: usize,
-}
-
-/// The one kind of source that this room's settings describe.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Kind {
-    #[default]
-    File,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        let poll = Duration::from_millis(200);
-        Self { kind: Kind::File, paths: Vec::new(), max_record: 1 << 20, poll, queue: 4 }
-    }
-}
-
-/// Checked [`Settings`], with the files that were there.
+/// The checked settings of a stream that comes from files, with the files that were there.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Files {
     /// Sorted by name, each once.
@@ -81,28 +44,6 @@ pub struct Files {
     pub max_record: usize,
     pub poll: Duration,
     pub queue: usize,
-}
-
-impl Settings {
-    /// Checks the settings found under `key` (such as `impressions.source`), and finds the files.
-    pub fn check(&self, key: &str) -> Result<Files, Error> {
-        let refuse =
-            |name: &str, expected, value: String| Err(Error::Setting { key: format!("{key}.{name}"), expected, value });
-        if self.paths.is_empty() {
-            return refuse("paths", "a list of at least one file", "[]".into());
-        }
-        if !(1..=1 << 30).contains(&self.max_record) {
-            return refuse("max_record", "1 to 1073741824 (bytes)", self.max_record.to_string());
-        }
-        if self.poll < Duration::from_millis(1) {
-            return refuse("poll", "at least 1ms", format!("{:?}", self.poll));
-        }
-        if !(1..=1024).contains(&self.queue) {
-            return refuse("queue", "1 to 1024 (chunks)", self.queue.to_string());
-        }
-        let paths = expand(&self.paths)?;
-        Ok(Files { paths, max_record: self.max_record, poll: self.poll, queue: self.queue })
-    }
 }
 
 impl Files {
@@ -222,85 +163,6 @@ fn matches(pattern: &[u8], name: &[u8]) -> bool {
     pattern[p..].iter().all(|byte| *byte == b'*')
 }
 
-/// All threads that read: one a file, and the decode workers. Dropping it ends and joins them.
-pub struct Sources {
-    readers: Vec<JoinHandle<()>>,
-    queues: Vec<Arc<Queue>>,
-    stop: Arc<Stop>,
-    pool: Pool, // dropped after `drop` below has joined the readers
-}
-
-impl Sources {
-    /// Opens every file and starts to read: one [`Partition`] for each spec, in the same order. `threads` workers (at
-    /// least one) decode for all of them; what arrives is the same for any number.
-    pub fn open(specs: Vec<Spec>, threads: usize) -> Result<(Self, Vec<Partition>, Recycler), Error> {
-        let pool = Pool::start(threads)?;
-        let recycler = pool.desk.chunks.clone();
-        let mut sources = Self { readers: Vec::new(), queues: Vec::new(), stop: Arc::default(), pool };
-        // All are opened before any is read: one that cannot be should not cost the work on the others.
-        let opened: Vec<_> = specs.into_iter().map(|spec| sources.prepare(spec)).collect::<Result<_, _>>()?;
-        let partitions = opened.into_iter().map(|ready| sources.launch(ready)).collect::<Result<_, _>>()?;
-        Ok((sources, partitions, recycler))
-    }
-
-    /// Opens one more file, such as one that has appeared under a followed pattern.
-    pub fn add(&mut self, spec: Spec) -> Result<Partition, Error> {
-        let ready = self.prepare(spec)?;
-        self.launch(ready)
-    }
-
-    fn prepare(&self, spec: Spec) -> Result<(Reader, Partition), Error> {
-        let queue = Queue::new(spec.queue);
-        let partition = Partition::new(name_of(&spec.path), spec.stream, Arc::clone(&queue));
-        Ok((Reader::open(spec, queue, &self.pool.desk, Arc::clone(&self.stop))?, partition))
-    }
-
-    fn launch(&mut self, (reader, partition): (Reader, Partition)) -> Result<Partition, Error> {
-        let queue = Arc::clone(&reader.queue);
-        let handle = thread::Builder::new()
-            .name(format!("read-{}", self.readers.len()))
-            .spawn(move || reader.run())
-            .map_err(|source| Error::Thread { what: format!("read `{}`", partition.name), source })?;
-        self.readers.push(handle);
-        self.queues.push(queue);
-        Ok(partition)
-    }
-
-    /// Ends and joins all threads. What was decoded before can still be taken from the partitions.
-    pub fn stop(self) {}
-}
-
-impl Drop for Sources {
-    fn drop(&mut self) {
-        self.stop.now();
-        self.queues.iter().for_each(|queue| queue.close());
-        for reader in self.readers.drain(..) {
-            // A reader catches its own panic and has told its consumer.
-            let _ = reader.join();
-        }
-    }
-}
-
-/// Tells waiting readers to end.
-#[derive(Default)]
-struct Stop {
-    stopped: Mutex<bool>,
-    changed: Condvar,
-}
-
-impl Stop {
-    fn now(&self) {
-        *lock(&self.stopped) = true;
-        self.changed.notify_all();
-    }
-
-    /// Waits for `time`, less if it is stopped; says whether it is.
-    fn within(&self, time: Duration) -> bool {
-        let wait = self.changed.wait_timeout_while(lock(&self.stopped), time, |stopped| !*stopped);
-        *wait.unwrap_or_else(PoisonError::into_inner).0
-    }
-}
-
 /// The first `n` records of a file, with the byte at which each starts; records past `max_record` bytes are cut there.
 /// For looking at a file, not for reading it.
 pub fn first_records(path: &Path, n: usize, max_record: usize) -> Result<Vec<(u64, Vec<u8>)>, Error> {
@@ -370,19 +232,6 @@ impl Input {
     }
 }
 
-/// Why a reader ends before its input does.
-enum Halt {
-    /// Nobody takes any more.
-    Closed,
-    Failed(Error),
-}
-
-impl From<Error> for Halt {
-    fn from(error: Error) -> Self {
-        Self::Failed(error)
-    }
-}
-
 /// What stopped [`Reader::advance`].
 #[derive(PartialEq, Clone, Copy)]
 enum Edge {
@@ -401,7 +250,7 @@ enum Purpose {
 }
 
 /// Cuts one file into blocks of whole lines.
-struct Reader {
+pub(super) struct Reader {
     file: Arc<Path>,
     /// Device and inode, to notice another file in its place.
     identity: (u64, u64),
@@ -470,7 +319,7 @@ impl Long {
 }
 
 impl Reader {
-    fn open(spec: Spec, queue: Arc<Queue>, desk: &Desk, stop: Arc<Stop>) -> Result<Self, Error> {
+    pub(super) fn open(spec: Spec, queue: Arc<Queue>, desk: &Desk, stop: Arc<Stop>) -> Result<Self, Error> {
         let unreadable = |source| Error::Unreadable { file: spec.path.clone(), source };
         let file = File::open(&spec.path).map_err(unreadable)?;
         let metadata = file.metadata().map_err(unreadable)?;
@@ -504,18 +353,18 @@ impl Reader {
     }
 
     /// The life of the reader's thread.
-    fn run(mut self) {
+    pub(super) fn run(mut self) {
         let end = catch_unwind(AssertUnwindSafe(|| self.read()));
         let failure = match end {
             Ok(Ok(()) | Err(Halt::Closed)) => return,
             Ok(Err(Halt::Failed(error))) => error,
             Err(panic) => Error::Panicked {
-                file: self.file.to_path_buf(),
+                partition: self.queue.name.clone(),
                 at: format!("reader, at byte {}", self.offset),
                 message: pool::text_of_panic(panic.as_ref()),
             },
         };
-        if let Some(ticket) = self.queue.reserve(&self.file) {
+        if let Some(ticket) = self.queue.reserve() {
             ticket.fill(Arrival::Failed(failure));
         }
     }
@@ -562,7 +411,7 @@ impl Reader {
     }
 
     fn reserve(&self) -> Result<Ticket, Halt> {
-        self.queue.reserve(&self.file).ok_or(Halt::Closed)
+        self.queue.reserve().ok_or(Halt::Closed)
     }
 
     /// Brings a compressed stream to where reading is to start, and checks that it is the one that was read before.
@@ -682,7 +531,7 @@ impl Reader {
                     ticket: self.reserve()?,
                     decoder: Arc::clone(&self.spec.decoder),
                     bytes,
-                    len: cut,
+                    content: Content::Lines(cut),
                     at,
                     next: self.next(),
                     max_record: self.spec.max_record,

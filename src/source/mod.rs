@@ -1,11 +1,15 @@
 //! Where events come from: bytes of a log to decoded records with positions.
 //!
-//! A *partition* (here: a file) has one reader thread, which cuts its bytes into blocks of whole lines, and one bounded
-//! queue, on which the decoded blocks arrive in order. Blocks of all partitions are decoded by one pool of workers. A
-//! worker never waits for a queue, so a partition whose records nobody takes stops its own reader and nothing else.
+//! A *partition* (a file, or one of a Kafka topic) has one reader thread, which cuts it into blocks of whole records, and
+//! one bounded queue, on which the decoded blocks arrive in order. Blocks of all partitions are decoded by one pool of
+//! workers. A worker never waits for a queue, so a partition whose records nobody takes stops its own reader and nothing
+//! else.
 pub mod decode;
 pub mod file;
+pub mod kafka;
 pub mod pool;
+mod readers;
+mod settings;
 
 use std::io;
 use std::path::PathBuf;
@@ -14,8 +18,10 @@ use std::sync::Arc;
 use crate::event::Chunk;
 use crate::position::{Fingerprint, NextOffset};
 
-pub use file::{Mode, Sources, Spec, expand};
+pub use file::{Mode, Spec, expand};
 pub use pool::{Partition, Recycler};
+pub use readers::Sources;
+pub use settings::{Kind, Origin, Settings, StartSetting};
 
 /// Turns one raw record into encoded ones.
 ///
@@ -39,6 +45,8 @@ pub enum Arrival {
     /// Following: all that the partition had was delivered, and its end was confirmed at `next` after that.
     /// Sent once per time that the reader catches up.
     CaughtUp { next: NextOffset },
+    /// Following: what [`Arrival::CaughtUp`] said does not hold any more: nobody answers, or there is more to come.
+    Unconfirmed,
     /// Bounded input: the end that was fixed at the start has been reached. Nothing follows.
     Ended { next: NextOffset },
     /// The partition cannot be read on. Nothing follows.
@@ -78,11 +86,20 @@ pub enum Error {
     )]
     Rewritten { file: PathBuf, offset: u64, why: String },
 
-    #[error("reading `{}` panicked in the {at}: {message}; this is a bug of tidemill, please report it", file.display())]
-    Panicked { file: PathBuf, at: String, message: String },
+    #[error("reading `{partition}` panicked in the {at}: {message}; this is a bug of tidemill, please report it")]
+    Panicked { partition: String, at: String, message: String },
+
+    #[error(transparent)]
+    Kafka(Box<kafka::Error>),
 
     #[error("cannot start a thread to {what}; raise the limit on threads or read fewer files")]
     Thread { what: String, source: io::Error },
+}
+
+impl std::convert::From<kafka::Error> for Error {
+    fn from(error: kafka::Error) -> Self {
+        Self::Kafka(Box::new(error))
+    }
 }
 
 #[cfg(test)]

@@ -7,7 +7,6 @@
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -16,13 +15,30 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use memchr::{memchr_iter, memrchr};
 
 use super::{Arrival, Decode, Error, NewDecoder};
-use crate::event::{Chunk, Kind, Record, Stream, Time};
+use crate::clock;
+use crate::event::{Chunk, Kind, Original, Record, Stream, Time};
 use crate::position::{Fingerprint, NextOffset};
 
 /// Size of a block that is not stretched by a long record, in bytes.
 pub(super) const BLOCK: usize = 128 << 10;
 /// How much of a record that is too long is kept, in bytes.
 pub(super) const HEAD: usize = 4 << 10;
+
+/// Records that a block aims at; the last block and long or very uneven records miss it.
+pub(super) const RECORDS: usize = 512;
+
+/// Why a reader ends before its partition does.
+pub(super) enum Halt {
+    /// Nobody takes any more.
+    Closed,
+    Failed(Error),
+}
+
+impl From<Error> for Halt {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
 
 /// What a timeout too long for the clock is cut to.
 const FOREVER: Duration = Duration::from_secs(3600 * 24 * 365);
@@ -55,16 +71,20 @@ impl Recycler {
 
 /// One partition as its consumer sees it: a name and what arrives, in order.
 pub struct Partition {
-    /// The path as configured.
-    pub name: String,
     pub stream: Stream,
     queue: Arc<Queue>,
     over: bool,
 }
 
 impl Partition {
-    pub(super) fn new(name: String, stream: Stream, queue: Arc<Queue>) -> Self {
-        Self { name, stream, queue, over: false }
+    pub(super) fn new(stream: Stream, queue: Arc<Queue>) -> Self {
+        Self { stream, queue, over: false }
+    }
+
+    /// The path of a file as configured, or `topic/number`.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.queue.name
     }
 
     /// What has arrived, or `None` if nothing has. After `Ended` or `Failed` always `None`.
@@ -76,6 +96,12 @@ impl Partition {
     /// come any more.
     pub fn next_timeout(&mut self, timeout: Duration) -> Option<Arrival> {
         self.take(timeout)
+    }
+
+    /// What has arrived at the front if it is no records: news of the partition's end, which need not wait until records are
+    /// wanted.
+    pub fn try_news(&mut self) -> Option<Arrival> {
+        if self.over || !self.queue.has_news() { None } else { self.take(Duration::ZERO) }
     }
 
     fn take(&mut self, timeout: Duration) -> Option<Arrival> {
@@ -105,6 +131,8 @@ pub(super) struct Queue {
     /// A place was freed, or the queue was closed.
     room: Condvar,
     depth: usize,
+    /// Of the partition, for messages.
+    pub(super) name: String,
 }
 
 struct Places {
@@ -115,13 +143,14 @@ struct Places {
 }
 
 impl Queue {
-    pub(super) fn new(depth: usize) -> Arc<Self> {
+    pub(super) fn new(name: String, depth: usize) -> Arc<Self> {
         let places = Places { waiting: VecDeque::with_capacity(depth), first: 0, closed: false };
-        Arc::new(Self { state: Mutex::new(places), ready: Condvar::new(), room: Condvar::new(), depth: depth.max(1) })
+        let (ready, room) = (Condvar::new(), Condvar::new());
+        Arc::new(Self { state: Mutex::new(places), ready, room, depth: depth.max(1), name })
     }
 
     /// Waits for a free place at the end; `None` once the queue is closed.
-    pub(super) fn reserve(self: &Arc<Self>, file: &Arc<Path>) -> Option<Ticket> {
+    pub(super) fn reserve(self: &Arc<Self>) -> Option<Ticket> {
         let full = |places: &mut Places| !places.closed && places.waiting.len() >= self.depth;
         let mut places = self.room.wait_while(lock(&self.state), full).unwrap_or_else(PoisonError::into_inner);
         if places.closed {
@@ -130,7 +159,12 @@ impl Queue {
         places.waiting.push_back(None);
         let place = places.first + places.waiting.len() as u64 - 1;
         drop(places);
-        Some(Ticket { queue: Arc::clone(self), file: Arc::clone(file), place, filled: false })
+        Some(Ticket { queue: Arc::clone(self), place, filled: false })
+    }
+
+    /// Whether what stands at the front is there and is no records.
+    fn has_news(&self) -> bool {
+        matches!(lock(&self.state).waiting.front(), Some(Some(arrival)) if !matches!(arrival, Arrival::Records(_)))
     }
 
     fn fill(&self, place: u64, arrival: Arrival) {
@@ -190,7 +224,6 @@ impl Queue {
 /// The right and duty to fill one place. Dropped unused (its holder panicked), it fills the place with a failure.
 pub(super) struct Ticket {
     queue: Arc<Queue>,
-    file: Arc<Path>,
     place: u64,
     filled: bool,
 }
@@ -206,20 +239,42 @@ impl Drop for Ticket {
     fn drop(&mut self) {
         if !self.filled {
             let (at, message) = ("reader or decoder".into(), "a block was never decoded".into());
-            self.queue
-                .fill(self.place, Arrival::Failed(Error::Panicked { file: self.file.to_path_buf(), at, message }));
+            let partition = self.queue.name.clone();
+            self.queue.fill(self.place, Arrival::Failed(Error::Panicked { partition, at, message }));
         }
     }
 }
 
-/// A block of whole lines on its way to a worker.
+/// What the bytes of a block are.
+pub(super) enum Content {
+    /// Whole lines, so many bytes of them; what lies behind is leftover of earlier use.
+    Lines(usize),
+    /// One record a mark.
+    Messages(Vec<Mark>),
+}
+
+/// One message of a log that keeps its records apart, inside of a block.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Mark {
+    pub offset: u64,
+    /// The record is `bytes[start..][..len]`, its key the `key_len` bytes before it.
+    pub start: u32,
+    pub len: u32,
+    /// `None`: it has no key, which is not the same as an empty one.
+    pub key_len: Option<u32>,
+    /// When the log took it, or [`Time::MIN`].
+    pub log_time: Time,
+    /// It has no value: it says that its key is deleted, and is no record.
+    pub tombstone: bool,
+}
+
+/// A block of records on its way to a worker.
 pub(super) struct Job {
     pub ticket: Ticket,
     pub decoder: NewDecoder,
-    /// The lines are `bytes[..len]`; what lies behind is leftover of earlier use.
     pub bytes: Vec<u8>,
-    pub len: usize,
-    /// Where the first line starts, and what stands before it.
+    pub content: Content,
+    /// Where the first record starts, and what stands before it.
     pub at: NextOffset,
     pub next: NextOffset,
     /// Longest record in bytes without line end; longer ones are rejected.
@@ -232,9 +287,15 @@ pub(super) struct Desk {
     pub work: Sender<Job>,
     pub chunks: Recycler,
     blocks: Blocks,
+    marks: Marks,
 }
 
 impl Desk {
+    /// An empty list of marks, used before if there is one.
+    pub(super) fn marks(&self) -> Vec<Mark> {
+        lock(&self.marks).pop().unwrap_or_default()
+    }
+
     /// A block of at least `size` initialised bytes of any content.
     pub(super) fn block(&self, size: usize) -> Vec<u8> {
         let mut block = lock(&self.blocks).pop().unwrap_or_default();
@@ -251,6 +312,7 @@ impl Desk {
 }
 
 type Blocks = Arc<Mutex<Vec<Vec<u8>>>>;
+type Marks = Arc<Mutex<Vec<Vec<Mark>>>>;
 
 fn give_block(blocks: &Blocks, block: Vec<u8>) {
     // One that a long record stretched would keep its size for ever.
@@ -270,14 +332,15 @@ impl Pool {
         let threads = threads.max(1);
         // Short, because waiting blocks are memory: each reader has one more in its hands.
         let (work, jobs) = bounded(2 * threads);
-        let (chunks, blocks) = (Recycler::default(), Blocks::default());
-        let desk = Desk { work, chunks: chunks.clone(), blocks: Arc::clone(&blocks) };
+        let desk = Desk { work, chunks: Recycler::default(), blocks: Blocks::default(), marks: Marks::default() };
         let mut pool = Self { desk, workers: Vec::with_capacity(threads) };
         for index in 0..threads {
-            let (jobs, chunks, blocks) = (jobs.clone(), chunks.clone(), Arc::clone(&blocks));
+            // Of the desk a worker has all but the way to the workers, which would keep itself open.
+            let Desk { work: _, chunks, blocks, marks } = pool.desk.clone();
+            let jobs = jobs.clone();
             let worker = thread::Builder::new()
                 .name(format!("decode-{index}"))
-                .spawn(move || work_off(&jobs, &chunks, &blocks))
+                .spawn(move || work_off(&jobs, &chunks, &blocks, &marks))
                 .map_err(|source| Error::Thread { what: "decode".into(), source })?;
             pool.workers.push(worker);
         }
@@ -296,7 +359,7 @@ impl Drop for Pool {
     }
 }
 
-fn work_off(jobs: &Receiver<Job>, chunks: &Recycler, blocks: &Blocks) {
+fn work_off(jobs: &Receiver<Job>, chunks: &Recycler, blocks: &Blocks, marks: &Marks) {
     // One decoder per way to make them; the `Arc` beside it keeps its address from being used again.
     let mut decoders: Vec<(NewDecoder, Box<dyn Decode>)> = Vec::new();
     for job in jobs {
@@ -307,16 +370,26 @@ fn work_off(jobs: &Receiver<Job>, chunks: &Recycler, blocks: &Blocks) {
                 decoders.push((Arc::clone(&job.decoder), (job.decoder)()));
                 decoders.len() - 1
             });
-            decode_lines(&job, decoders[index].1.as_mut(), &mut at, &mut chunk);
+            let decoder = decoders[index].1.as_mut();
+            match &job.content {
+                Content::Lines(len) => decode_lines(&job, *len, decoder, &mut at, &mut chunk),
+                Content::Messages(marks) => decode_messages(&job, marks, decoder, &mut at, &mut chunk),
+            }
+            chunk.next = job.next;
+            chunk.seal();
         }));
-        let Job { ticket, decoder, bytes, .. } = job;
+        let Job { ticket, decoder, bytes, content, .. } = job;
         give_block(blocks, bytes);
+        if let Content::Messages(mut used) = content {
+            used.clear();
+            lock(marks).push(used);
+        }
         match decoded {
             Ok(()) => ticket.fill(Arrival::Records(chunk)),
             Err(panic) => {
                 decoders.retain(|(new, _)| !Arc::ptr_eq(new, &decoder));
-                let (file, at) = (ticket.file.to_path_buf(), format!("decoder, on the record at byte {at}"));
-                ticket.fill(Arrival::Failed(Error::Panicked { file, at, message: text_of_panic(panic.as_ref()) }));
+                let (partition, at) = (ticket.queue.name.clone(), format!("decoder, on the record at offset {at}"));
+                ticket.fill(Arrival::Failed(Error::Panicked { partition, at, message: text_of_panic(panic.as_ref()) }));
             }
         }
     }
@@ -327,10 +400,10 @@ pub(super) fn text_of_panic(panic: &(dyn std::any::Any + Send)) -> String {
     text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".into())
 }
 
-/// Decodes the lines of `job` into the empty `chunk`; `at` follows, for the message of a panic.
-fn decode_lines(job: &Job, decoder: &mut dyn Decode, at: &mut u64, chunk: &mut Chunk) {
-    let bytes = &job.bytes[..job.len];
-    let mut before = job.at.before;
+/// Decodes the first `len` bytes of `job`, whole lines, into the empty `chunk`; `at` follows, for the message of a panic.
+fn decode_lines(job: &Job, len: usize, decoder: &mut dyn Decode, at: &mut u64, chunk: &mut Chunk) {
+    let bytes = &job.bytes[..len];
+    let (mut before, now) = (job.at.before, clock::now());
     let mut start = 0;
     // The last line has no newline only where bounded input ends without one.
     let last = if bytes.last() == Some(&b'\n') { None } else { Some(bytes.len()) };
@@ -338,6 +411,7 @@ fn decode_lines(job: &Job, decoder: &mut dyn Decode, at: &mut u64, chunk: &mut C
         *at = job.at.offset + start as u64;
         let raw = without_cr(&bytes[start..end]);
         start = end + 1;
+        let records = chunk.records.len();
         if is_blank(raw) {
             continue;
         } else if raw.len() > job.max_record {
@@ -345,12 +419,64 @@ fn decode_lines(job: &Job, decoder: &mut dyn Decode, at: &mut u64, chunk: &mut C
         } else {
             decoder.decode(raw, *at, before, chunk);
         }
+        keep_originals(chunk, records, now, None, raw);
         before = Fingerprint::of(raw);
     }
     debug_assert_eq!(before, job.next.before);
-    chunk.next = job.next;
-    chunk.bytes = bytes.len() as u64;
-    chunk.seal();
+    chunk.bytes = len as u64;
+}
+
+/// Keeps what the log holds of the records from `first` on that are rejected, or whose event time is past the time at which
+/// the log took them (without one: `now`), for the order may reject those.
+fn keep_originals(chunk: &mut Chunk, first: usize, now: Time, key: Option<&[u8]>, raw: &[u8]) {
+    let (mut kept_key, mut kept_value) = (None, None);
+    for index in first..chunk.records.len() {
+        let record = chunk.records[index];
+        let log = if record.log_time == Time::MIN { now } else { record.log_time };
+        let rejected = record.kind == Kind::Rejected;
+        if !rejected && record.event_time <= log {
+            continue;
+        }
+        let text = &mut chunk.text;
+        let mut keep = |bytes: &[u8]| {
+            let start = text.len() as u32;
+            text.extend_from_slice(bytes);
+            (start, bytes.len() as u32)
+        };
+        if kept_key.is_none() {
+            kept_key = key.map(&mut keep);
+        }
+        let value = match kept_value {
+            _ if rejected => (record.text_start, record.text_len),
+            Some(value) => value,
+            None => *kept_value.insert(keep(raw)),
+        };
+        chunk.originals.push(Original { index: index as u32, key: kept_key, value });
+    }
+}
+
+/// Decodes the messages of `job` into the empty `chunk`. A record that does not carry the time at which the log took it has
+/// the message's.
+fn decode_messages(job: &Job, marks: &[Mark], decoder: &mut dyn Decode, at: &mut u64, chunk: &mut Chunk) {
+    let (mut before, now) = (job.at.before, clock::now());
+    for mark in marks {
+        *at = mark.offset;
+        let raw = &job.bytes[mark.start as usize..][..mark.len as usize];
+        let records = chunk.records.len();
+        if raw.len() > job.max_record {
+            reject_long(chunk, *at, before, raw, raw.len() as u64, job.max_record);
+        } else if !mark.tombstone {
+            decoder.decode(raw, *at, before, chunk);
+        }
+        for record in chunk.records[records..].iter_mut().filter(|record| record.log_time == Time::MIN) {
+            record.log_time = mark.log_time;
+        }
+        let key = mark.key_len.map(|len| &job.bytes[(mark.start - len) as usize..][..len as usize]);
+        keep_originals(chunk, records, now, key, raw);
+        before = Fingerprint::of(raw);
+        chunk.bytes += raw.len() as u64;
+    }
+    debug_assert_eq!(before, job.next.before);
 }
 
 /// A line without the `\r` of its line end.

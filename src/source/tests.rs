@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 use tempfile::TempDir;
 
-use super::file::{Settings, name_of};
+use super::file::name_of;
 use super::*;
 use crate::event::{Kind, Record, Stream, Time};
 
@@ -622,7 +622,7 @@ fn a_panic_in_a_decoder_fails_its_partition_and_no_other() {
     let (seen, end) = take(&mut partitions[0], &recycler);
     assert_eq!(seen, oracle(&log(3000), 1 << 20, true).0[..seen.len()]);
     let Arrival::Failed(error) = end else { panic!("{end:?}") };
-    assert!(error.to_string().contains(&format!("on the record at byte {}: told to", log(3000).len())), "{error}");
+    assert!(error.to_string().contains(&format!("on the record at offset {}: told to", log(3000).len())), "{error}");
     assert_eq!(take(&mut partitions[1], &recycler).0.len(), 6000);
 }
 
@@ -668,11 +668,11 @@ fn many_files_are_read_at_once_and_one_can_be_added() {
     assert_eq!(found, paths);
     let (mut sources, mut partitions, recycler) =
         Sources::open(paths.iter().map(|path| spec(path, Mode::Bounded)).collect(), 2).unwrap();
-    partitions.push(sources.add(spec(&folder.write("new", &log(250)), Mode::Bounded)).unwrap());
+    partitions.extend(sources.add_files(vec![spec(&folder.write("new", &log(250)), Mode::Bounded)]).unwrap());
     for (i, partition) in partitions.iter_mut().enumerate() {
         assert_eq!(take(partition, &recycler).0.len(), 50 + i);
     }
-    assert_eq!(partitions[3].name, name_of(&paths[3]));
+    assert_eq!(partitions[3].name(), name_of(&paths[3]));
 }
 
 /// An error and its cause.
@@ -723,7 +723,7 @@ fn settings_refuse_unknown_keys_and_values_that_cannot_work() {
     let folder = Folder::new();
     let path = folder.write("log", b"one\n");
     let settings = parse(&format!("kind = \"file\"\npaths = [\"{}\"]\npoll = \"1s\"", path.display())).unwrap();
-    let files = settings.check("clicks.source").unwrap();
+    let Origin::Files(files) = settings.find("clicks.source").unwrap() else { panic!("{settings:?}") };
     assert_eq!((files.poll, files.max_record, files.queue), (Duration::from_secs(1), 1 << 20, 4));
     let specs = files.specs(Stream::Clicks, true, &raw(), |name| {
         assert_eq!(name, name_of(&path));

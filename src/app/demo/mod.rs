@@ -249,7 +249,7 @@ pub fn run(
     let training = Guarded::start("train", {
         let (progress, predictions) = (Arc::clone(&demo.tick), Some(predictions));
         move |stop| {
-            let options = TrainOptions { until: Until::Stopped, follow: false, predictions };
+            let options = TrainOptions { until: Until::Stopped, follow: false, skip_lost: false, predictions };
             train::run(&checked, &options, stop, &mut Ticks(progress))
         }
     })?;
@@ -342,7 +342,7 @@ fn prepare(options: &Options, began: Time) -> Result<Parts, Error> {
             let replay = Replay::new(data, dir, &config, *speed, options.length)?;
             let first = &feed::files(data, Stream::Impressions)?[0];
             let sample = file::first_records(first, SAMPLE, config.impressions.source.max_record)?;
-            let growing = |stream: Stream| file::Settings {
+            let growing = |stream: Stream| source::Settings {
                 paths: vec![text(&dir.join(format!("{}*", stream.name())))],
                 poll: Duration::from_millis(50),
                 ..config.impressions.source.clone()
@@ -358,7 +358,8 @@ fn prepare(options: &Options, began: Time) -> Result<Parts, Error> {
                 every_batches: 0,
             });
             config.snapshots = Some(snapshot::Settings { store: text(&dir.join("snapshots")), ..Default::default() });
-            config.dead_letters = Some(config::DeadLetterSettings { path: dir.join("dead-letters.jsonl") });
+            config.dead_letters =
+                Some(config::DeadLetterSettings { path: Some(dir.join("dead-letters.jsonl")), topic: None });
             // As often by the clock as on the generated stream.
             let every = Duration::from_secs_f64(2.0 * replay.speed).max(Duration::from_millis(1));
             config.publish = config::PublishSettings { every, min_interval: Duration::from_secs(1) };
