@@ -4,7 +4,7 @@
 
 use metrics::{counter, gauge, histogram};
 
-use crate::event::Time;
+use crate::event::{Stream, Time};
 use crate::join::Counts;
 use crate::merge::ReadCounts;
 use crate::train::progressive::Metrics;
@@ -42,6 +42,16 @@ pub fn boundary(counts: &Counts, read: &ReadCounts, waiting_clicks: u64, frontie
     gauge!("tidemill_frontier_seconds").set(frontier.0 as f64 / 1000.0);
     gauge!("tidemill_conservation_gap", "of" => "impressions").set(counts.impression_gap() as f64);
     gauge!("tidemill_conservation_gap", "of" => "clicks").set(counts.click_gap(waiting_clicks) as f64);
+}
+
+/// Where a partition of a Kafka topic stands: records that were not trained, records between what its log still has and what
+/// is to be trained next, messages without a value, and whether its broker did not answer.
+pub fn kafka_partition(stream: Stream, partition: &str, lag: u64, margin: u64, tombstones: u64, away: bool) {
+    let labels = [("stream", stream.name().to_owned()), ("partition", partition.to_owned())];
+    gauge!("tidemill_kafka_lag_records", &labels).set(lag as f64);
+    gauge!("tidemill_kafka_retention_margin_records", &labels).set(margin as f64);
+    gauge!("tidemill_kafka_away", &labels).set(if away { 1.0 } else { 0.0 });
+    counter!("tidemill_kafka_tombstones_total", &labels).absolute(tombstones);
 }
 
 /// A window of progressive validation (model age zero) was closed.

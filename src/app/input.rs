@@ -1,11 +1,12 @@
 //! What feeds the core: the partitions of both streams, read as the merge asks for them.
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::dead_letters::DeadLetters;
 use super::job::{Error, Options, Until};
-use crate::clock;
+use super::keeper::Durable;
 use crate::config::{self, Checked, StreamSettings};
 use crate::event::{Stream, Time};
 use crate::merge::PartitionPosition;
@@ -14,6 +15,7 @@ use crate::source::decode::Decoder;
 use crate::source::kafka::{Log, PartitionState};
 use crate::source::{self, Arrival, Decode, NewDecoder, Origin, Partition, Recycler, Sources, file};
 use crate::train::core::Core;
+use crate::{clock, telemetry};
 
 /// The sources of a job: partitions of both streams in the order of the checkpoint, then of the config.
 pub struct Input {
@@ -23,8 +25,10 @@ pub struct Input {
     sources: Sources,
     feeds: Vec<Feed>, // after `sources`, whose readers use them
     follow: bool,
-    /// When the patterns were last looked at for new files.
+    /// When it was last looked for new files and partitions.
     looked: Instant,
+    /// Partitions of which the log may soon drop what was not trained.
+    in_danger: BTreeSet<String>,
 }
 
 /// Where one stream comes from.
@@ -110,14 +114,37 @@ impl Input {
         Ok(())
     }
 
-    /// Where the partitions of Kafka stand.
-    pub fn states(&self) -> Vec<(Stream, PartitionState)> {
-        let logs = self.feeds.iter().filter_map(|feed| Some((feed.stream, feed.log.as_ref()?)));
-        logs.flat_map(|(stream, log)| log.states().into_iter().map(move |state| (stream, state))).collect()
+    /// Shows how far each partition of Kafka is behind, and warns before its log drops what was not trained. `positions` are
+    /// those from which a restart would read.
+    pub fn report(&mut self, positions: &[PartitionPosition]) {
+        for feed in &self.feeds {
+            let states = feed.log.iter().flat_map(Log::states);
+            for state in states {
+                let position = positions.iter().find(|at| at.stream == feed.stream && at.name == state.name);
+                let trained = position.map_or(state.position, |at| at.from.offset);
+                let (lag, margin) = (state.high.saturating_sub(trained), trained.saturating_sub(state.low));
+                telemetry::kafka_partition(feed.stream, &state.name, lag, margin, state.tombstones, state.away);
+                // Retention drops whole segments: the next may be as long as the last.
+                let danger = state.last_drop > 0 && lag > 0 && margin <= state.last_drop;
+                if !danger {
+                    self.in_danger.remove(&state.name);
+                } else if self.in_danger.insert(state.name.clone()) {
+                    let PartitionState { name, last_drop, .. } = state;
+                    tracing::warn!(
+                        name,
+                        lag,
+                        margin,
+                        last_drop,
+                        "the log's retention may soon drop records that were not trained: let it keep more, or the job catch up"
+                    );
+                }
+            }
+        }
     }
 
-    /// Shows lag tools from where a restart would read, after a checkpoint says so.
-    pub fn commit(&self, positions: &[PartitionPosition]) {
+    /// Shows lag tools from where a restart would read, once a checkpoint says so.
+    pub fn commit(&self, durable: &Durable) {
+        let Some(positions) = durable.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
         for (feed, log) in self.feeds.iter().filter_map(|feed| Some((feed, feed.log.as_ref()?))) {
             let mine = positions.iter().filter(|position| position.stream == feed.stream);
             log.commit(mine.map(|position| (position.name.clone(), position.from)));
@@ -233,7 +260,7 @@ pub fn open(
     }
     let partitions = slots.into_iter().map(|slot| slot.and_then(|at| opened[at].take())).collect();
     let recycler = sources.recycler();
-    Ok(Input { partitions, recycler, sources, feeds, follow, looked: Instant::now() })
+    Ok(Input { partitions, recycler, sources, feeds, follow, looked: Instant::now(), in_danger: BTreeSet::new() })
 }
 
 /// Where clicks are sharded too, an impression's clicks must be in the shard that has the impression: the topics of both

@@ -1,8 +1,8 @@
 //! The checkpoint thread: sorts, encodes and writes images while the core goes on.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
@@ -10,6 +10,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::config::Checked;
 use crate::event::Time;
+use crate::merge::PartitionPosition;
 use crate::snapshot::manifest::Build;
 use crate::telemetry;
 use crate::train::checkpoint::{self, Checkpoints, SegmentRef};
@@ -20,8 +21,12 @@ use crate::train::image::{self, FORMAT, Head};
 pub struct Keeper {
     jobs: Option<Sender<Job>>,
     busy: Arc<AtomicBool>,
+    durable: Durable,
     thread: Option<JoinHandle<Result<(), checkpoint::Error>>>,
 }
+
+/// Where a restart would read, as the newest checkpoint has it; taken by whoever shows it to others.
+pub type Durable = Arc<Mutex<Option<Vec<PartitionPosition>>>>;
 
 struct Job {
     image: Image,
@@ -41,10 +46,18 @@ impl Keeper {
             lineage: checked.lineage(),
             binding: checked.binding.clone(),
             segments: HashMap::new(),
+            durable: Durable::default(),
         };
+        let durable = Arc::clone(&writer.durable);
         let flag = Arc::clone(&busy);
         let thread = thread::Builder::new().name("checkpoint".into()).spawn(move || writer.run(&inbox, &flag))?;
-        Ok(Self { jobs: Some(jobs), busy, thread: Some(thread) })
+        Ok(Self { jobs: Some(jobs), busy, durable, thread: Some(thread) })
+    }
+
+    /// The positions of the newest checkpoint, once it is durable.
+    #[must_use]
+    pub fn durable(&self) -> Durable {
+        Arc::clone(&self.durable)
     }
 
     /// Whether a checkpoint is being written; then the next one waits for another boundary.
@@ -93,6 +106,7 @@ struct Writer {
     binding: BTreeMap<String, String>,
     /// Segments of seen ids that the last checkpoint holds: by (start, ids), since a closed segment never changes.
     segments: HashMap<(Time, usize), SegmentRef>,
+    durable: Durable,
 }
 
 impl Writer {
@@ -149,6 +163,7 @@ impl Writer {
         };
         self.store.write(self.next, &head, &image::arrays(image, &model), &list)?;
         self.next += 1;
+        *self.durable.lock().unwrap_or_else(PoisonError::into_inner) = Some(head.partitions);
         Ok(())
     }
 }

@@ -8,5 +8,6 @@ pub mod job;
 pub mod keeper;
 pub mod predictions;
 pub mod publisher;
+pub mod replay;
 pub mod summary;
 pub mod train;

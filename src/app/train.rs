@@ -114,6 +114,7 @@ pub fn run(
         core.keep_predictions();
     }
     let mut input = input::open(checked, options, &known, &mut core)?;
+    let durable = keeper.as_ref().map(Keeper::durable).unwrap_or_default();
 
     let mut job = Running {
         checked,
@@ -168,6 +169,8 @@ pub fn run(
                 let (counts, waiting) = core.join().settled();
                 telemetry::boundary(counts, &core.merge().counts(), waiting, frontier.time, core.place().batches);
             }
+            input.report(&core.positions());
+            input.commit(&durable);
             let report = core.progress.report();
             progress.show(&Tick {
                 impressions: core.join().counts.impressions,
@@ -185,6 +188,8 @@ pub fn run(
     drain(&mut core, predictions.as_mut(), &mut dead)?;
 
     let version = job.finish(&core, predictions.as_mut(), &mut dead)?;
+    input.commit(&durable);
+    drop(input);
     let image = core.image();
     let digests = image::digests(&image, &image.model.sorted(), checked.join.window);
     let run = Run { ended, resumed, seconds, first_example, first_impression, peak_pending, version };

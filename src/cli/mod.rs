@@ -3,6 +3,7 @@
 pub mod check;
 pub mod demo;
 pub mod generate;
+pub mod replay;
 pub mod score;
 pub mod serve;
 pub mod snapshots;
@@ -29,6 +30,7 @@ enum Command {
     Demo(demo::Demo),
     Check(check::Check),
     Generate(generate::Generate),
+    Replay(replay::Replay),
     Snapshots(snapshots::Snapshots),
 }
 
@@ -69,6 +71,7 @@ pub fn main() -> ExitCode {
         Command::Demo(command) => command.run(),
         Command::Check(command) => command.run(),
         Command::Generate(command) => command.run(),
+        Command::Replay(command) => command.run(),
         Command::Snapshots(command) => command.run(),
     };
     match result {

@@ -163,27 +163,52 @@ fn matches(pattern: &[u8], name: &[u8]) -> bool {
     pattern[p..].iter().all(|byte| *byte == b'*')
 }
 
+/// The records of a file, one after the other. For looking at a file or copying it, not for training from it.
+pub struct Lines {
+    path: PathBuf,
+    input: BufReader<Box<dyn Read + Send>>,
+    offset: u64,
+}
+
+impl Lines {
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let unreadable = |source| Error::Unreadable { file: path.to_owned(), source };
+        let input: BufReader<Box<dyn Read + Send>> = match File::open(path).and_then(Input::of).map_err(unreadable)? {
+            Input::Plain(file) => BufReader::new(Box::new(file)),
+            Input::Packed(reader) => BufReader::new(reader),
+        };
+        Ok(Self { path: path.to_owned(), input, offset: 0 })
+    }
+
+    /// Puts the next record into `record`, without its line end, and says at which byte it starts; `None` at the end.
+    pub fn next(&mut self, record: &mut Vec<u8>) -> Result<Option<u64>, Error> {
+        loop {
+            record.clear();
+            let len = self.input.read_until(b'\n', record);
+            let len = len.map_err(|source| Error::Unreadable { file: self.path.clone(), source })?;
+            if len == 0 {
+                return Ok(None);
+            }
+            let start = self.offset;
+            self.offset += len as u64;
+            record.truncate(pool::without_cr(record.strip_suffix(b"\n").unwrap_or(record)).len());
+            if !pool::is_blank(record) {
+                return Ok(Some(start));
+            }
+        }
+    }
+}
+
 /// The first `n` records of a file, with the byte at which each starts; records past `max_record` bytes are cut there.
 /// For looking at a file, not for reading it.
 pub fn first_records(path: &Path, n: usize, max_record: usize) -> Result<Vec<(u64, Vec<u8>)>, Error> {
-    let unreadable = |source| Error::Unreadable { file: path.to_owned(), source };
-    let mut input: BufReader<Box<dyn Read + Send>> = match File::open(path).and_then(Input::of).map_err(unreadable)? {
-        Input::Plain(file) => BufReader::new(Box::new(file)),
-        Input::Packed(reader) => BufReader::new(reader),
-    };
-    let (mut records, mut offset) = (Vec::new(), 0);
-    while records.len() < n {
-        let mut line = Vec::new();
-        let len = input.read_until(b'\n', &mut line).map_err(unreadable)?;
-        if len == 0 {
-            break;
-        }
-        let end = line.iter().rposition(|byte| *byte != b'\n' && *byte != b'\r').map_or(0, |last| last + 1);
-        line.truncate(end.min(max_record));
-        if !line.iter().all(u8::is_ascii_whitespace) {
-            records.push((offset, line));
-        }
-        offset += len as u64;
+    let (mut lines, mut records) = (Lines::open(path)?, Vec::new());
+    let mut record = Vec::new();
+    while records.len() < n
+        && let Some(offset) = lines.next(&mut record)?
+    {
+        record.truncate(max_record);
+        records.push((offset, std::mem::take(&mut record)));
     }
     Ok(records)
 }

@@ -398,6 +398,12 @@ impl Core {
         self.text.clear();
     }
 
+    /// Where reading would start again if the run ended now, for every partition in order.
+    #[must_use]
+    pub fn positions(&self) -> Vec<PartitionPosition> {
+        self.merge.checkpoint(&self.positions)
+    }
+
     /// A copy of the state at the last batch boundary. Costs a copy of the model and of what waits; sorting and writing
     /// are left to whoever takes it.
     #[must_use]
@@ -415,7 +421,7 @@ impl Core {
         }
         Image {
             place,
-            partitions: self.merge.checkpoint(&self.positions),
+            partitions: self.positions(),
             journal: self.merge.journal().to_vec(),
             clicks,
             seen: join.seen,

@@ -426,9 +426,7 @@ impl Watch {
                 }
             }
             while self.prober.poll(Duration::ZERO).is_some() {}
-            if let Some(positions) = lock(&self.desk.commit).take().filter(|_| self.group) {
-                self.commit(&positions);
-            }
+            self.commit();
             let look = looked.elapsed() >= self.cluster.refresh;
             let asked = self.desk.asked.swap(false, Ordering::AcqRel);
             if look || asked {
@@ -445,6 +443,7 @@ impl Watch {
                 self.discover();
             }
         }
+        self.commit(); // the last word to the group
     }
 
     /// Asks where every partition ends, and where it begins too if `low`.
@@ -518,12 +517,18 @@ impl Watch {
         }
     }
 
-    fn commit(&self, positions: &[(String, i32, u64)]) {
+    /// Shows the group the latest positions, if there are new ones and somebody to hear it.
+    fn commit(&self) {
+        let away = || lock(&self.desk.partitions).values().any(|ends| ends.away.load(Ordering::Relaxed));
+        if !self.group || away() {
+            return;
+        }
+        let Some(positions) = lock(&self.desk.commit).take() else { return };
         let mut list = TopicPartitionList::new();
         let added = positions.iter().try_for_each(|(topic, partition, offset)| {
             list.add_partition_offset(topic, *partition, Offset::Offset(*offset as i64))
         });
-        if let Err(error) = added.and_then(|()| self.consumer.commit(&list, CommitMode::Async)) {
+        if let Err(error) = added.and_then(|()| self.consumer.commit(&list, CommitMode::Sync)) {
             tracing::warn!(%error, "positions could not be shown to the group; the checkpoint has them");
         }
     }

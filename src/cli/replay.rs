@@ -1,0 +1,58 @@
+//! `tidemill replay`: files into topics.
+
+use super::ConfigArgs;
+use crate::app::replay::{self, Speed, Written};
+use crate::event::Stream;
+
+/// Write files of impressions and clicks into the Kafka topics of a job, at a chosen speed
+///
+/// Records are written by event time, each file in its own order, so that impressions and clicks come as they happened. The
+/// key of a message is the impression's id, its timestamp the moment of writing. `-c` names the job that will read them:
+/// its topics, and where its records have id and time.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Replay {
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// JSON lines of impressions; plain, gzip or zstd. May be given often; `*` and `?` work in the last part of a path.
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub impressions: Vec<String>,
+    /// JSON lines of clicks.
+    #[arg(long, value_name = "FILE", num_args = 1.., required_unless_present = "impressions")]
+    pub clicks: Vec<String>,
+    /// `max`: as fast as the brokers take it; 1: as it happened; 60: a minute a second.
+    #[arg(long, value_name = "N", default_value = "max", value_parser = parse_speed)]
+    pub speed: Speed,
+    /// Print one JSON object at the end instead of a line.
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn parse_speed(text: &str) -> Result<Speed, String> {
+    if text == "max" {
+        return Ok(Speed::Max);
+    }
+    match text.trim_end_matches('x').parse() {
+        Ok(times) if times > 0.0 && f64::is_finite(times) => Ok(Speed::Times(times)),
+        _ => Err("expected `max` or a number above 0, such as 1 or 60".into()),
+    }
+}
+
+impl Replay {
+    pub fn run(self) -> anyhow::Result<()> {
+        let checked = self.config.load()?.check(None)?;
+        let stop = super::train::stop_on_signal()?;
+        let files = [(Stream::Impressions, self.impressions), (Stream::Clicks, self.clicks)];
+        let line = |written: &Written| {
+            let Written { impressions, clicks, without_key, .. } = written;
+            let until = written.until.map_or("-".to_owned(), |time| time.to_string());
+            format!("{impressions} impressions, {clicks} clicks, {without_key} of them without an id, to {until}")
+        };
+        let written = replay::run(&checked, &files, self.speed, &stop, |written| eprintln!("{}", line(written)))?;
+        if self.json {
+            println!("{}", serde_json::to_string(&written)?);
+        } else {
+            println!("written: {}", line(&written));
+        }
+        Ok(())
+    }
+}
