@@ -20,14 +20,14 @@
 #   TIDEMILL_KAFKA_PORT   first of five ports in a row for Kafka; without it, free ones between 20000 and 32000
 #
 # Needs Linux. Installs a Java runtime (17 or newer), Maven and OpenSSL by apt-get where they are missing. The first `up` of a checkout
-# downloads some 40 MB. A service that does not answer within 60 s of its start has failed: the end of its log is shown.
+# downloads some 40 MB. A service that does not answer within 120 s of its start has failed: the end of its log is shown.
 set -euo pipefail
 
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 downloads=$(dirname "$scripts")/.services
 state=${TIDEMILL_SERVICES:-$downloads}
 case "$state" in /*) ;; *) state=$PWD/$state ;; esac
-patience=60
+patience=120
 
 # What a service NAME is: functions in scripts/services/NAME.sh, which work in its home, "$state/NAME".
 #   NAME_install    tools and downloads; quick when there is nothing to do
@@ -118,8 +118,8 @@ run() { # service
       why="$1 did not answer within $patience s"
     fi
     if [ -n "$why" ]; then
-      printf '%s; the end of %s:\n' "$why" "$home/log" >&2
-      tail -n 25 "$home/log" | sed 's/^/  | /' >&2
+      printf '%s; the first errors and the end of %s:\n' "$why" "$home/log" >&2
+      { grep -m 5 -iE '(error|fatal|exception)\b.*: ' "$home/log"; echo ...; tail -n 15 "$home/log"; } | sed 's/^/  | /' >&2
       end "$1" KILL
       return 1
     fi

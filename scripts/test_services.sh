@@ -121,6 +121,13 @@ check "a wrong password is refused" fails "Authentication failed" list_as "$TIDE
 check "a user is known to its own mechanism only" fails "Authentication failed" list_as "$TIDEMILL_TEST_KAFKA_SASL_PLAINTEXT" wrong_mechanism
 check "without the CA the broker is not trusted" fails "SSL handshake failed" list_as "$TIDEMILL_TEST_KAFKA_SSL" no_ca
 
+read_as() { # listener's address, name of a client's properties
+  kafka console-consumer --topic ways --from-beginning --max-messages 1 --timeout-ms 20000 --bootstrap-server "$1" --command-config "$clients/$2.properties"
+}
+check "a user may read" read_as "$TIDEMILL_TEST_KAFKA_SASL_PLAINTEXT" sasl_plaintext-plain
+check "... until an access rule" kafka acls --add --topic ways --operation Read --allow-principal User:someone-else
+check "... keeps it out" says "Not authorized to access topics: [ways]" read_as "$TIDEMILL_TEST_KAFKA_SASL_PLAINTEXT" sasl_plaintext-plain
+
 check "a restart is a kill and a start" says "is up again" "$services" restart kafka
 check "... on the same ports" says "$TIDEMILL_TEST_KAFKA" "$services" status
 [ "$(pid)" != "$before" ] || { echo "FAILED: restart kept the process" >&2 && exit 1; }

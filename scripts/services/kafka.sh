@@ -27,8 +27,9 @@ kafka_install() {
 
   echo "fetching the jars of Kafka $kafka_version ..."
   rm -rf "$kafka_cache" && mkdir -p "$kafka_cache" || return 1
-  mvn -B -q -Dstyle.color=never --strict-checksums -f "$kafka_pom" dependency:copy-dependencies -DincludeScope=runtime -DoutputDirectory="$kafka_cache/libs" ||
-    { echo "mvn could not fetch Kafka's jars (see above)" >&2; return 1; }
+  mvn -B -q -l "$kafka_cache/mvn.log" --strict-checksums -f "$kafka_pom" \
+    dependency:copy-dependencies -DincludeScope=runtime -DoutputDirectory="$kafka_cache/libs" >/dev/null ||
+    { echo "kafka: mvn could not fetch the jars:" >&2 && tail -n 25 "$kafka_cache/mvn.log" >&2; return 1; }
   cp "$kafka_pom" "$kafka_cache/pom.xml" # last: says that libs is whole
 }
 
@@ -36,6 +37,7 @@ kafka_prepare() {
   local data=$kafka_home/data port
   if [ -n "${TIDEMILL_KAFKA_PORT:-}" ]; then
     port=$TIDEMILL_KAFKA_PORT
+    [[ $port =~ ^[1-9][0-9]{0,4}$ && $port -le 65531 ]] || { echo "TIDEMILL_KAFKA_PORT=$port is not a port from 1 to 65531" >&2; return 1; }
     local taken
     for ((taken = port; taken < port + 5; taken++)); do
       if connects $taken; then echo "kafka: port $taken is taken (TIDEMILL_KAFKA_PORT=$port wants $port to $((port + 4)))" >&2 && return 1; fi
@@ -83,6 +85,9 @@ listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SASL_PLAINTEXT:SASL_PLAINTEXT
 inter.broker.listener.name=PLAINTEXT
 log.dirs=$data/log
 
+authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
+allow.everyone.if.no.acl.found=true
+super.users=User:ANONYMOUS
 ssl.keystore.type=PEM
 ssl.keystore.location=$data/tls/server.pem
 sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256,SCRAM-SHA-512
@@ -212,7 +217,6 @@ get-offsets            GetOffsetShell
 delete-records         DeleteRecordsCommand
 consumer-groups        consumer.group.ConsumerGroupCommand
 transactions           TransactionsCommand
-transactional-copier!  TransactionalMessageCopier
 log-dirs               LogDirsCommand
 dump-log!              DumpLogSegments
 "
