@@ -27,8 +27,8 @@ kafka_install() {
 
   echo "fetching the jars of Kafka $kafka_version ..."
   rm -rf "$kafka_cache" && mkdir -p "$kafka_cache" || return 1
-  mvn -B -q -l "$kafka_cache/mvn.log" --strict-checksums -f "$kafka_pom" \
-    dependency:copy-dependencies -DincludeScope=runtime -DoutputDirectory="$kafka_cache/libs" >/dev/null ||
+  mvn -B -q --strict-checksums -f "$kafka_pom" \
+    dependency:copy-dependencies -DincludeScope=runtime -DoutputDirectory="$kafka_cache/libs" >"$kafka_cache/mvn.log" 2>&1 ||
     { echo "kafka: mvn could not fetch the jars:" >&2 && tail -n 25 "$kafka_cache/mvn.log" >&2; return 1; }
   cp "$kafka_pom" "$kafka_cache/pom.xml" # last: says that libs is whole
 }
