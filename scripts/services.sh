@@ -48,7 +48,8 @@ spawn() { # service, command...
   local home=$state/$1
   shift
   if [ -e "$home/log" ]; then mv "$home/log" "$home/log.before"; fi
-  setsid "$@" </dev/null >"$home/log" 2>&1 9>&- &
+  : >"$home/log" # before the process: it is looked into at once
+  setsid "$@" </dev/null >>"$home/log" 2>&1 9>&- &
   echo "$! $(birth $!)" >"$home/pid"
 }
 
