@@ -4,7 +4,7 @@
 #   scripts/test.sh           all of it; this is what CI runs
 #   scripts/test.sh --fast    leaves out the docs, the tests against real services and the Python tests, and says so
 #
-# Needs Rust (rustup) and network for what is not installed yet. Installs a C compiler and Python's venv by apt-get where they are
+# Needs Rust (rustup) and network for what is not installed yet. Installs build-essential and Python's venv by apt-get where they are
 # missing, and scripts/requirements.txt into .venv. The services come from scripts/services.sh, which installs what they need; they are
 # this run's own, beside any that is up already, and gone at the end. Any failure fails the script.
 set -euo pipefail
@@ -38,7 +38,8 @@ step() { # name, command...
 
 tools() {
   local missing=()
-  command -v cc >/dev/null || missing+=(build-essential)
+  # librdkafka and the OpenSSL that it is linked with are built from source: that takes make, and more of Perl than every system has
+  if ! { command -v cc && command -v c++ && command -v make && perl -MIPC::Cmd -e 1; } >/dev/null 2>&1; then missing+=(build-essential); fi
   command -v python3 >/dev/null || missing+=(python3)
   if ! python3 -c 'import venv, ensurepip' 2>/dev/null; then missing+=(python3-venv); fi
   if [ ${#missing[@]} -gt 0 ]; then apt_install "${missing[@]}" || return 1; fi
