@@ -2,12 +2,15 @@
 # Every check of this repository, from a bare checkout: format, lints, docs, Rust tests, Python tests.
 #
 #   scripts/test.sh           all of it; this is what CI runs
-#   scripts/test.sh --fast    leaves out the docs and the Python tests, and says so
+#   scripts/test.sh --fast    leaves out the docs, the tests against real services and the Python tests, and says so
 #
-# Needs Rust (rustup) and network for what is not installed yet. Installs a C compiler and Python's venv by apt-get where they are
-# missing, and scripts/requirements.txt into .venv. Any failure fails the script.
+# Needs Rust (rustup) and network for what is not installed yet. Installs build-essential and Python's venv by apt-get where they are
+# missing, and scripts/requirements.txt into .venv. The services come from scripts/services.sh, which installs what they need; they are
+# this run's own, beside any that is up already, and gone at the end. Any failure fails the script.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# shellcheck source=scripts/lib.sh
+. scripts/lib.sh
 
 fast=false
 for arg in "$@"; do
@@ -18,6 +21,7 @@ for arg in "$@"; do
   esac
 done
 
+# shellcheck source=/dev/null
 [ -f "${CARGO_HOME:-$HOME/.cargo}/env" ] && . "${CARGO_HOME:-$HOME/.cargo}/env"
 
 times=()
@@ -32,17 +36,10 @@ step() { # name, command...
   times+=("$(printf '%5ss  %s' $((SECONDS - began)) "$name")")
 }
 
-apt_install() {
-  command -v apt-get >/dev/null || { echo "please install: $*" >&2; return 1; }
-  local sudo=()
-  if [ "$(id -u)" != 0 ]; then sudo=(sudo); fi
-  "${sudo[@]}" apt-get update -q
-  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "$@"
-}
-
 tools() {
   local missing=()
-  command -v cc >/dev/null || missing+=(build-essential)
+  # librdkafka and the OpenSSL that it is linked with are built from source: that takes make, and more of Perl than every system has
+  if ! { command -v cc && command -v c++ && command -v make && perl -MIPC::Cmd -e 1; } >/dev/null 2>&1; then missing+=(build-essential); fi
   command -v python3 >/dev/null || missing+=(python3)
   if ! python3 -c 'import venv, ensurepip' 2>/dev/null; then missing+=(python3-venv); fi
   if [ ${#missing[@]} -gt 0 ]; then apt_install "${missing[@]}" || return 1; fi
@@ -64,12 +61,48 @@ python_packages() {
   cp scripts/requirements.txt .venv/installed.txt
 }
 
+# Fresh services for this run alone, since tests restart them. The tests learn the addresses, and by TIDEMILL_SERVICES which services
+# `scripts/services.sh restart` means.
+services_up() {
+  export TIDEMILL_SERVICES=$PWD/.services/test
+  trap 'scripts/services.sh down' EXIT
+  scripts/services.sh down || return 1 # of a run that was cut off
+  scripts/services.sh up || return 1
+  local env
+  set -a
+  for env in "$TIDEMILL_SERVICES"/*/env; do
+    # shellcheck source=/dev/null
+    . "$env"
+  done
+  set +a
+}
+
+services_down() {
+  scripts/services.sh down && trap - EXIT
+}
+
+# The test targets that want a real service (they fail without its address), and the options that name all others.
+real=()
+others=()
+for file in tests/*.rs; do
+  case "$file" in
+    tests/kafka*) real+=("$file") ;;
+    *) others+=(--test "$(basename "$file" .rs)") ;;
+  esac
+done
+
 step tools tools
 step format cargo fmt --check
 step lints cargo clippy --locked --all-targets -- -D warnings
 if ! $fast; then step docs env RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps; fi
-step "rust tests" cargo test --locked
-if ! $fast; then
+if $fast; then
+  step "rust tests" cargo test --locked --lib --bins "${others[@]}"
+  step "doc tests" cargo test --locked --doc
+else
+  step scripts/test_services.sh scripts/test_services.sh
+  step "services up" services_up
+  step "rust tests" cargo test --locked
+  step "services down" services_down
   step "python packages" python_packages
   step "the command" cargo build --locked # the Python tests run it
   for file in scripts/test_*.py; do
@@ -80,5 +113,6 @@ fi
 printf '\nall passed:\n'
 printf '%s\n' "${times[@]}"
 if $fast; then
-  printf '\nLEFT OUT by --fast: docs (cargo doc -D warnings) and the Python tests: %s\n' "$(echo scripts/test_*.py)"
+  printf '\nLEFT OUT by --fast: docs (cargo doc -D warnings), real services (%s) and the Python tests (%s)\n' \
+    "scripts/test_services.sh ${real[*]-}" "$(echo scripts/test_*.py)"
 fi
