@@ -202,7 +202,8 @@ pub fn open(
         slots.push(at);
         if let Some(at) = at {
             let log = feeds[found[at].feed].log.as_ref();
-            let resumed = log.map(|log| log.resume(&position.name, position.from, options.skip_lost)).transpose();
+            let resumed =
+                log.map(|log| log.resume(&position.name, position.from, position.read, options.skip_lost)).transpose();
             from[at] = resumed.map_err(kafka)?.unwrap_or(position.from);
             if from[at] != position.from {
                 let (from, to) = (position.from.offset, from[at].offset);

@@ -122,7 +122,7 @@ pub enum Ready {
 /// A partition does not hold what was read of it before.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "`{partition}` is not the log that was read before: what stands before byte {offset} is another record. A log may only \
+    "`{partition}` is not the log that was read before: what stands before offset {offset} is another record. A log may only \
      grow: bring the old content back to go on, or give the new content a new name"
 )]
 pub struct Rewritten {

@@ -238,14 +238,14 @@ impl Log {
         Arc::clone(lock(&self.desk.partitions).entry((topic.to_owned(), partition)).or_default())
     }
 
-    /// The position to go on from, if the log still has what comes next: where it was, or with `skip_lost` at the first
-    /// record that retention has left.
-    pub fn resume(&self, name: &str, from: NextOffset, skip_lost: bool) -> Result<NextOffset, Error> {
+    /// The position to go on from, if the log still has what comes next: `from`, or with `skip_lost` the first record that
+    /// retention has left. `read` is how far it was read before.
+    pub fn resume(&self, name: &str, from: NextOffset, read: NextOffset, skip_lost: bool) -> Result<NextOffset, Error> {
         let (topic, partition) = &self.names[name];
         let ends = self.ends(topic, *partition);
         let (low, high) = (ends.low.load(Ordering::Acquire), ends.high());
-        if from.offset > high {
-            let why = format!("it was read to offset {}, but ends at {high}", from.offset);
+        if read.offset > high {
+            let why = format!("it was read to offset {}, but ends at {high}", read.offset);
             return Err(Error::Rewritten { partition: name.to_owned(), why });
         }
         if from.offset >= low {
