@@ -246,6 +246,41 @@ fn events_that_come_slowly_give_the_bytes_of_events_that_were_there() {
 }
 
 #[test]
+fn what_the_runtime_decided_is_in_the_journal_and_a_replay_under_it_comes_to_the_same_bytes() {
+    let (impressions, clicks) = (Topic::new("impressions", 2), Topic::new("clicks", 1));
+    let put = |partition: i32, range: std::ops::Range<u64>| {
+        range.for_each(|n| impressions.put(partition, &impression(n)));
+        impressions.flush();
+    };
+    put(0, 0..100);
+    for n in 0..500 {
+        clicks.put(0, &click(n));
+    }
+    clicks.flush();
+    let until = ["--json", "--until", "2026-01-01T00:05:00Z"];
+    let idle = ["--follow", "--set", "impressions.idle_after=1s"];
+    let job = || job(&impressions, &clicks);
+    let live = job();
+    let run = Live::start(&live, &[&until[..], &idle, &LISTEN].concat());
+    let address = metrics_of(&run);
+    wait_for("the silent partition to be passed over", || released(&address) >= 60.0);
+    // What it brings now lies behind the frontier.
+    put(1, 10..30);
+    wait_for("it to be read", || metric(&address, "tidemill_overtaken_records_total").is_some_and(|n| n >= 1.0));
+    put(0, 100..500);
+    let followed = run.finish();
+    // The first of them was overtaken and lifted the partition's watermark, past which the others are merely late.
+    assert_eq!(followed["journal_entries"], 1);
+    let manifest =
+        std::fs::read_dir(live.path("snapshots/manifests")).unwrap().map(|entry| entry.unwrap().path()).max();
+    let manifest = manifest.unwrap();
+    let again = job().train(&[&until[1..], &["--journal", manifest.to_str().unwrap()]].concat());
+    assert_eq!(outcome(&followed), outcome(&again));
+    let free = job().train(&until[1..]);
+    assert_ne!(followed["model_digest"], free["model_digest"], "the log alone gives another order");
+}
+
+#[test]
 fn a_job_killed_at_20_random_moments_ends_in_the_bytes_of_one_that_never_was() {
     let input = generate(DISTURBED);
     let (impressions, clicks) = (Topic::new("impressions", 3), Topic::new("clicks", 2));
@@ -512,9 +547,14 @@ impl Live {
         panic!("waited in vain for `{text}`; it said: {all}");
     }
 
-    fn stop(mut self) -> Value {
+    fn stop(self) -> Value {
         let pid = self.child.id().to_string();
         Command::new("kill").arg(pid).status().unwrap();
+        self.finish()
+    }
+
+    /// Waits for its end, and gives its summary.
+    fn finish(mut self) -> Value {
         let mut out = String::new();
         std::io::Read::read_to_string(&mut self.child.stdout.take().unwrap(), &mut out).unwrap();
         assert!(self.child.wait().unwrap().success());

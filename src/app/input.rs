@@ -1,6 +1,7 @@
 //! What feeds the core: the partitions of both streams, read as the merge asks for them.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -9,8 +10,9 @@ use super::job::{Error, Options, Until};
 use super::keeper::Durable;
 use crate::config::{self, Checked, StreamSettings};
 use crate::event::{Stream, Time};
-use crate::merge::PartitionPosition;
+use crate::merge::{JournalEntry, PartitionPosition};
 use crate::position::NextOffset;
+use crate::snapshot::manifest::{Document as _, Facts, Manifest};
 use crate::source::decode::Decoder;
 use crate::source::kafka::{Log, PartitionState};
 use crate::source::{self, Arrival, Decode, NewDecoder, Origin, Partition, Recycler, Sources, file};
@@ -195,6 +197,15 @@ pub fn open(
     let place = |found: &Found| {
         known.iter().position(|known| known.name == found.name && known.stream == feeds[found.feed].stream)
     };
+    if let Some(path) = &options.journal {
+        if known.is_empty() {
+            let name = |found: &Found| (feeds[found.feed].stream, found.name.clone());
+            let names: Vec<_> = found.iter().map(name).collect();
+            core.merge_mut().resume(None, journal(path, &names)?);
+        } else {
+            tracing::info!("the checkpoint has its own journal; --journal only counts for a new start");
+        }
+    }
     let mut slots: Vec<Option<usize>> = Vec::new();
     let mut from = vec![NextOffset::default(); found.len()];
     for (index, position) in known.iter().enumerate() {
@@ -262,6 +273,26 @@ pub fn open(
     let partitions = slots.into_iter().map(|slot| slot.and_then(|at| opened[at].take())).collect();
     let recycler = sources.recycler();
     Ok(Input { partitions, recycler, sources, feeds, follow, looked: Instant::now(), in_danger: BTreeSet::new() })
+}
+
+/// The journal of a manifest, for partitions that are numbered as `names` are.
+fn journal(path: &Path, names: &[(Stream, String)]) -> Result<Vec<JournalEntry>, Error> {
+    let refuse = |why: String| Error::Journal { path: path.to_owned(), why };
+    let text = std::fs::read(path).map_err(|error| refuse(error.to_string()))?;
+    let Facts { positions, journal, .. } =
+        Manifest::from_bytes(&text).map_err(|error| refuse(format!("it is no manifest: {error}")))?.facts;
+    let entry = |line: &String| {
+        let mut entry: JournalEntry = serde_json::from_str(line).map_err(|error| refuse(error.to_string()))?;
+        let at = entry.partition as usize;
+        let of =
+            positions.get(at).ok_or_else(|| refuse(format!("it is about partition {at}, which it does not name")))?;
+        let here = names.iter().position(|(stream, name)| (*stream, name) == (of.stream, &of.name));
+        let missing =
+            || refuse(format!("it is about `{}` of {}, which this job does not read", of.name, of.stream.name()));
+        entry.partition = here.ok_or_else(missing)? as u32;
+        Ok(entry)
+    };
+    journal.iter().map(entry).collect()
 }
 
 /// Where clicks are sharded too, an impression's clicks must be in the shard that has the impression: the topics of both

@@ -29,6 +29,8 @@ pub struct Options {
     pub follow: bool,
     /// Go on where retention has dropped records that were not trained, rather than stop.
     pub skip_lost: bool,
+    /// Manifest of an earlier run over the same log, whose journal is obeyed: what its runtime decided is decided again.
+    pub journal: Option<PathBuf>,
     /// File for id, prediction and label of every example.
     pub predictions: Option<PathBuf>,
 }
@@ -75,6 +77,8 @@ pub enum Error {
          it back until its impressions are trained (a partition that was trained to its end may go)"
     )]
     PartitionGone { name: String, stream: &'static str },
+    #[error("the journal in `{}` cannot be obeyed: {why}", path.display())]
+    Journal { path: PathBuf, why: String },
     #[error("cannot write predictions to `{}`", path.display())]
     Predictions { path: PathBuf, source: io::Error },
     #[error("a thread cannot be started: {0}")]

@@ -34,6 +34,10 @@ pub struct Train {
     /// the journal what was skipped. Without it the job stops there.
     #[arg(long)]
     pub skip_lost: bool,
+    /// Start anew from the log and decide again what the runtime of an earlier run over it decided (which records were
+    /// overtaken, or rejected by the clock): FILE is a manifest of that run, from its snapshot store.
+    #[arg(long, value_name = "FILE")]
+    pub journal: Option<PathBuf>,
     /// Write `id,prediction,label` of every example, predicted before it was learned from.
     #[arg(long, value_name = "FILE")]
     pub predictions: Option<PathBuf>,
@@ -50,8 +54,13 @@ impl Train {
             None if self.until_end => Until::End,
             None => Until::Stopped,
         };
-        let options =
-            Options { until, follow: self.follow, skip_lost: self.skip_lost, predictions: self.predictions.clone() };
+        let options = Options {
+            until,
+            follow: self.follow,
+            skip_lost: self.skip_lost,
+            journal: self.journal.clone(),
+            predictions: self.predictions.clone(),
+        };
         if let Some(listen) = checked.config.telemetry.listen {
             crate::app::exporter::start(listen)?;
         }
