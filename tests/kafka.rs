@@ -265,7 +265,10 @@ fn what_the_runtime_decided_is_in_the_journal_and_a_replay_under_it_comes_to_the
     let address = metrics_of(&run);
     wait_for("the silent partition to be passed over", || released(&address) >= 60.0);
     // What it brings now lies behind the frontier.
-    put(1, 10..30);
+    for n in 10..30 {
+        impressions.put(1, &impression(n).replace(&format!("i{n}"), &format!("other{n}")));
+    }
+    impressions.flush();
     wait_for("it to be read", || metric(&address, "tidemill_overtaken_records_total").is_some_and(|n| n >= 1.0));
     put(0, 100..500);
     let followed = run.finish();
