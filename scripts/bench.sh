@@ -31,7 +31,7 @@ rows=${CARGO_TARGET_DIR:-target}/bench/rows.jsonl
 for part in "${parts[@]}"; do
   printf '\n=== %s\n' "$part"
   case "$part" in
-    micro) cargo bench --locked "$@" | .venv/bin/python scripts/bench_table.py micro "$rows" ;;
+    micro) cargo bench --locked --bench '*' "$@" | .venv/bin/python scripts/bench_table.py micro "$rows" ;;
     events)
       cargo build --release --locked
       .venv/bin/python scripts/bench.py --rows "$rows" "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The table of scripts/bench.sh: one row a figure, from all benchmarks.
 
-    cargo bench | scripts/bench_table.py micro ROWS      appends what divan printed
+    cargo bench | scripts/bench_table.py micro ROWS      appends the figures in what cargo bench printed
     scripts/bench_table.py print ROWS                    prints all
 
 A row is a line of JSON: part, name, figure, unit, and if something was measured beside it in the same run: peer, peer_figure. The ratio
@@ -62,13 +62,16 @@ UNITS = {"ns": 1e-3, "µs": 1, "ms": 1e3, "s": 1e6, "item/s": 1e-6, "Kitem/s": 1
 
 
 def micro_figures(lines):
-    """{bench: (figure, unit)} of divan's output: items a second where it counts them, else the time; medians."""
+    """{bench: (figure, unit)} of what cargo bench printed: items a second where divan counts them, else the time (medians); of
+    benches/source.rs, which prints a table of its own, lines a second."""
     figures, group, bench = {}, None, None
     for line in lines:
         if head := re.match(r"(\w+) +fastest", line):
             group = head[1]
         elif named := re.match(r"[├╰]─ (\w+) ", line):
             bench = f"{group} {named[1]}"
+        elif read := re.match(r"(\w.*?) +[0-9]+ MiB +([0-9]+) file\(s\) +([0-9]+) decoder\(s\) +([0-9.]+)$", line):
+            figures[f"source {read[1]}: files {read[2]}, decoders {read[3]}"] = (float(read[4]), "M lines/s")
         cells = re.findall(r"([0-9.]+) (ns|µs|ms|s|[KMG]?item/s)\b", line)  # fastest, slowest, median, mean
         if bench and len(cells) == 4:
             value, unit = cells[2]
