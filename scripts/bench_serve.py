@@ -21,6 +21,7 @@ PyPI, in a process of its own; Python only starts it. That both answer about the
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -97,7 +98,7 @@ class Server:
             except OSError:
                 pass  # not listening yet
             time.sleep(0.05)
-        sys.exit(f"`{self.process.args[0]}` did not come up:\n{self.log.read_text()[-3000:]}")
+        sys.exit(f"`{self.process.args[0]}` does not say what is waited for:\n{self.log.read_text()[-3000:]}")
 
     def cpu_seconds(self):
         total = 0
@@ -220,16 +221,18 @@ class Load:
 
 
 def reloads(load, server, store, versions, seconds, rate):
-    """A block of load with another version named every second."""
+    """A block of load with the next of `versions` named every second."""
     swaps, running, began = server.metric("tidemill_serve_swaps_total"), load.start(server, seconds, rate), time.monotonic()
     for second in range(1, seconds):
         time.sleep(max(0, began + second - time.monotonic()))
-        name_version(store, versions[second % 2])
+        version = next(versions)
+        name_version(store, version)
     report = load.finish(running)
-    swaps = server.metric("tidemill_serve_swaps_total") - swaps
-    if swaps < seconds - 2 or server.metric("tidemill_serve_refused_total"):
-        sys.exit(f"{swaps} of {seconds - 1} versions were swapped in")
-    return report | {"swaps": swaps}
+    report["swaps"] = server.metric("tidemill_serve_swaps_total") - swaps
+    server.wait_for(lambda: server.metric("tidemill_serve_version") == version)
+    if server.metric("tidemill_serve_refused_total"):
+        sys.exit(f"versions were refused:\n{server.log.read_text()[-3000:]}")
+    return report
 
 
 def main():
@@ -265,7 +268,7 @@ def measure(arguments, binary, generator, config, settings, plain, text, scratch
     store, model = scratch / "store", scratch / "model.vw"
     impressions, clicks = quality.event_files(plain)
     job = {"impressions.source.paths": [str(p) for p in impressions], "clicks.source.paths": [str(p) for p in clicks],
-           "checkpoint.dir": str(scratch / "checkpoints"), "snapshots.store": str(store), "publish.every": "2m", "publish.min_interval": "0s"}
+           "checkpoint.dir": str(scratch / "checkpoints"), "snapshots.store": str(store), "publish.every": f"{max(1, arguments.impressions // 5000)}s", "publish.min_interval": "0s"}
     bench.timed([binary, "train", "-c", config, "--until-end", *(part for k, v in job.items() for part in ("--set", f"{k}={json.dumps(v)}"))])
     crosses = [part for pair in quality.interactions(settings["features"], settings.get("crosses", [])) for part in ("--interactions", pair)]
     bench.timed([sys.executable, "-m", "vowpalwabbit", "-b", str(quality.BITS), "--loss_function", "logistic", "--quiet", *crosses, "-d", text, "-f", model])
@@ -296,9 +299,9 @@ def measure(arguments, binary, generator, config, settings, plain, text, scratch
         scheduled = both(half)
         os.killpg(theirs.process.pid, signal.SIGSTOP)
         third, block = speed[0] / arguments.candidates / 3, 2 * arguments.seconds
-        quiet, reloading = [], []
+        quiet, reloading, others = [], [], itertools.cycle(versions)  # the second of them serves
         for n in range(arguments.rounds):
-            steps = [lambda: quiet.append(load.run(ours, block, third)), lambda: reloading.append(reloads(load, ours, store, versions, block, third))]
+            steps = [lambda: quiet.append(load.run(ours, block, third)), lambda: reloading.append(reloads(load, ours, store, others, block, third))]
             for step in steps if n % 2 else reversed(steps):
                 step()
 
