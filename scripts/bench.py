@@ -24,6 +24,7 @@ import tempfile
 import time
 import tomllib
 
+import bench_table
 import quality
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -72,6 +73,11 @@ def make_vw_text(stream, settings, text):
             out.write(quality.vw_line(parts, labels[record["id"]]) + "\n")
 
 
+def cpu_and_peak(runs, count):
+    """(least CPU seconds a million impressions, most MiB) of some runs."""
+    return min(run[2] for run in runs) / count * 1e6, max(run[1] for run in runs)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--impressions", type=int, default=1_000_000)
@@ -79,7 +85,7 @@ def main():
     parser.add_argument("-c", "--config", default=ROOT / "configs/generated.toml", type=pathlib.Path)
     parser.add_argument("--set", action="append", default=[], help="a setting for tidemill train, key=value")
     parser.add_argument("--tidemill", help="path of the binary; default target/release/tidemill")
-    parser.add_argument("--json", help="write the table to this file too")
+    parser.add_argument("--rows", type=pathlib.Path, help="append the rows of the table of scripts/bench.sh to this file")
     arguments = parser.parse_args()
     binary = quality.find_binary(arguments.tidemill)
     if binary is None or (not arguments.tidemill and "release" not in str(binary)):
@@ -138,19 +144,20 @@ def main():
           f"load {os.getloadavg()[0]:.1f}; {arguments.rounds} rounds, whole processes\n")
     print(f"{'':36}{'best M/s':>9}{'median':>9}{'vs VW text':>12}{'CPU s/M':>9}{'peak MiB':>10}")
     reference = min(r[0] for r in results["vowpal wabbit, joined text"]) / arguments.impressions
-    table = []
+    rows = bench_table.Rows("events", arguments.rows)
+    text_cpu, text_peak = cpu_and_peak(results["vowpal wabbit, joined text"], arguments.impressions)
     for name, (count, _) in runs.items():
         seconds = sorted(r[0] for r in results[name])
-        row = {"name": name, "impressions": count, "best_per_second": count / seconds[0], "median_per_second": count / statistics.median(seconds),
-               "ratio_to_vw_text": reference * count / seconds[0], "cpu_seconds_per_million": min(r[2] for r in results[name]) / count * 1e6, "peak_mib": max(r[1] for r in results[name])}
-        table.append(row)
-        print(f"{name:36}{row['best_per_second'] / 1e6:9.3f}{row['median_per_second'] / 1e6:9.3f}{row['ratio_to_vw_text']:11.2f}x"
-              f"{row['cpu_seconds_per_million']:9.2f}{row['peak_mib']:10.0f}")
+        best, (cpu, peak) = count / seconds[0], cpu_and_peak(results[name], count)
+        ratio = reference * best
+        print(f"{name:36}{best / 1e6:9.3f}{count / statistics.median(seconds) / 1e6:9.3f}{ratio:11.2f}x{cpu:9.2f}{peak:10.0f}")
+        if name != "vowpal wabbit, joined text":
+            rows.add(name, best / 1e6, "M impressions/s", "vowpal wabbit, joined text", 1 / reference / 1e6)
+            rows.add(f"{name}: CPU a million", cpu, "s", "vowpal wabbit, joined text", text_cpu)
+            rows.add(f"{name}: peak memory", peak, "MiB", "vowpal wabbit, joined text", text_peak)
     report = results["tidemill train, JSON lines"][0][3]
     print(f"\ntidemill's own clock {max(r[3]['impressions_per_second'] for r in results['tidemill train, JSON lines']) / 1e6:.3f} M impressions/s; "
           f"one-pass logloss {report['metrics']['logloss']:.5f} (constant {stats['constant_logloss']:.5f}, truth {stats['best_logloss']:.5f})")
-    if arguments.json:
-        pathlib.Path(arguments.json).write_text(json.dumps({"cores": os.cpu_count(), "stats": stats, "table": table}, indent=1))
 
 
 if __name__ == "__main__":

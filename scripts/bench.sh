@@ -1,30 +1,47 @@
 #!/usr/bin/env bash
-# Speed, in one run on one machine: the micro benches (cargo bench), then events to weights beside Vowpal Wabbit (scripts/bench.py).
+# Speed, in one run on one machine, and one table of it at the end: the micro benches (cargo bench), events to weights beside Vowpal
+# Wabbit (scripts/bench.py), answers beside its daemon (scripts/bench_serve.py). The rows stay in target/bench/rows.jsonl.
 #
-#   scripts/bench.sh                      both; arguments after -- go to scripts/bench.py
-#   scripts/bench.sh --events -- --impressions 2000000 --rounds 5
-#   scripts/bench.sh --micro
+#   scripts/bench.sh                          all three
+#   scripts/bench.sh micro serving            some: micro, events, serving
+#   scripts/bench.sh events -- --rounds 5     of one: what comes after -- goes to its script
 #
-# Ratios count, not seconds: run it on a quiet machine and compare within one run.
+# Ratios count, not seconds: run it on a quiet machine and compare within one run. Takes about 15 minutes on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-micro=true
-events=true
+parts=()
 while [ $# -gt 0 ]; do
   case "$1" in
-    --micro) events=false ;;
-    --events) micro=false ;;
+    micro | events | serving) parts+=("$1") ;;
     --) shift && break ;;
     -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" && exit 0 ;;
-    *) echo "unknown option \`$1\`; see scripts/bench.sh --help" >&2 && exit 2 ;;
+    *) echo "unknown argument \`$1\`; see scripts/bench.sh --help" >&2 && exit 2 ;;
   esac
   shift
 done
+if [ ${#parts[@]} = 0 ]; then parts=(micro events serving); fi
+if [ $# -gt 0 ] && [ ${#parts[@]} != 1 ]; then echo "arguments after -- are for one part; name it" >&2 && exit 2; fi
 
-if $micro; then cargo bench --locked; fi
-if $events; then
-  [ -x .venv/bin/python ] || { echo "no .venv: run scripts/test.sh once, it makes it" >&2; exit 1; }
-  cargo build --release --locked
-  .venv/bin/python scripts/bench.py "$@"
-fi
+[ -x .venv/bin/python ] || { echo "no .venv: run scripts/test.sh once, it makes it" >&2; exit 1; }
+mkdir -p "${CARGO_TARGET_DIR:-target}/bench"
+rows=${CARGO_TARGET_DIR:-target}/bench/rows.jsonl
+: >"$rows"
+
+for part in "${parts[@]}"; do
+  printf '\n=== %s\n' "$part"
+  case "$part" in
+    micro) cargo bench --locked --bench '*' "$@" | .venv/bin/python scripts/bench_table.py micro "$rows" ;;
+    events)
+      cargo build --release --locked
+      .venv/bin/python scripts/bench.py --rows "$rows" "$@"
+      ;;
+    serving)
+      cargo build --release --locked --bin tidemill --example load
+      .venv/bin/python scripts/bench_serve.py --rows "$rows" "$@"
+      ;;
+  esac
+done
+
+printf '\n=== %s; %s cores, load %s\n\n' "$(date -u +%F)" "$(nproc)" "$(cut -d' ' -f1 /proc/loadavg)"
+.venv/bin/python scripts/bench_table.py print "$rows"

@@ -104,7 +104,7 @@ else
   step "rust tests" cargo test --locked
   step "services down" services_down
   step "python packages" python_packages
-  step "the command" cargo build --locked # the Python tests run it
+  step "the commands" cargo build --locked --bin tidemill --example load # the Python tests run them
   for file in scripts/test_*.py; do
     step "$file" .venv/bin/python "$file"
   done

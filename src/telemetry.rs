@@ -123,7 +123,19 @@ pub fn request(outcome: &'static str, candidates: usize, seconds: f64) {
     histogram!("tidemill_serve_request_seconds").record(seconds);
 }
 
-/// Requests for scores that are being answered.
-pub fn in_flight(requests: usize) {
-    gauge!("tidemill_serve_requests_in_flight").set(requests as f64);
+/// A request for scores that is being answered, until this is dropped.
+pub struct InFlight(());
+
+impl InFlight {
+    #[must_use]
+    pub fn begin() -> Self {
+        gauge!("tidemill_serve_requests_in_flight").increment(1.0);
+        Self(())
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        gauge!("tidemill_serve_requests_in_flight").decrement(1.0);
+    }
 }

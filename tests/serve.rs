@@ -2,13 +2,13 @@
 
 mod common;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{Job, TIDEMILL, generate};
@@ -228,6 +228,14 @@ impl Serving {
         value.trim().parse().unwrap()
     }
 
+    /// Waits until one request for scores is being answered, and no more.
+    fn answers_one(&self) {
+        let began = Instant::now();
+        while !self.connect().request("GET", "/metrics", "").1.contains("tidemill_serve_requests_in_flight 1\n") {
+            assert!(began.elapsed() < Duration::from_secs(30), "no request came to be answered");
+        }
+    }
+
     fn terminate(&self) {
         let pid = self.child.id().to_string();
         assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
@@ -311,7 +319,7 @@ fn scores_equal_those_of_tidemill_score_exactly() {
     let serving = Serving::start(&trained.job.path("snapshots"), &[]);
     serving.ready_when("a model", |status, _| status == 200);
     let mut client = serving.connect();
-    let mut different = std::collections::BTreeSet::new();
+    let mut different = BTreeSet::new();
     for (record, expected) in records.iter().zip(&expected) {
         // As a record and nothing over it, as an item over the rest, and as a record over another one.
         let (context, candidate) = split(record);
@@ -333,8 +341,14 @@ fn scores_equal_those_of_tidemill_score_exactly() {
     assert!(model["age_seconds"].as_f64().unwrap() >= 0.0 && model["frontier"].is_string(), "{model}");
 }
 
+/// The minute: so many versions, one every second, under requests at a fixed schedule over so many connections.
+const RELOADS: u32 = 60;
+const EVERY: Duration = Duration::from_secs(1);
+const GAP: Duration = Duration::from_millis(5);
+const CONNECTIONS: usize = 4;
+
 #[test]
-fn under_load_and_reloads_no_request_fails_and_every_answer_is_of_one_version() {
+fn through_a_minute_of_load_and_reloads_no_request_fails_and_every_answer_is_of_one_version() {
     let mut shop = Shop::new();
     let first = shop.publish();
     let serving = Serving::start(&shop.path(), &[]);
@@ -346,60 +360,63 @@ fn under_load_and_reloads_no_request_fails_and_every_answer_is_of_one_version() 
     let bodies: Vec<String> =
         requests.iter().map(|(c, k)| json!({"context": c, "candidates": k}).to_string()).collect();
 
-    let stop = AtomicBool::new(false);
-    let mut answers = Vec::new();
-    let mut last = first;
-    std::thread::scope(|scope| {
-        let senders: Vec<_> = (0..2)
-            .map(|sender| {
-                let (mut client, bodies, stop) = (serving.connect(), &bodies, &stop);
-                scope.spawn(move || {
-                    let (mut answers, began) = (Vec::new(), Instant::now());
-                    for n in 0.. {
-                        if stop.load(Ordering::Relaxed) {
-                            break;
-                        }
-                        // A fixed schedule: a slow answer does not slow the next request down.
-                        let due = Duration::from_millis(5 * n as u64);
-                        std::thread::sleep(due.saturating_sub(began.elapsed()));
-                        let which = (n * 2 + sender) % bodies.len();
-                        let (status, text) = client.request("POST", "/v1/score", &bodies[which]);
-                        assert_eq!(status, 200, "request {n} failed: {text}");
-                        answers.push((which, serde_json::from_str::<Value>(&text).unwrap()));
-                    }
-                    answers
-                })
-            })
-            .collect();
-        for _ in 0..15 {
-            std::thread::sleep(Duration::from_millis(200));
-            last = shop.publish();
+    // Request n is due at n * GAP, whatever became of those before it; n counts over all connections.
+    let (next, end, newest) = (AtomicU64::new(0), AtomicU64::new(u64::MAX), AtomicU64::new(0));
+    let began = Instant::now();
+    let sleep_until = |due: Instant| std::thread::sleep(due.saturating_duration_since(Instant::now()));
+    let send = |mut client: Client| {
+        let mut answers = Vec::new();
+        loop {
+            let n = next.fetch_add(1, Ordering::SeqCst);
+            sleep_until(began + GAP * n as u32);
+            if n >= end.load(Ordering::SeqCst) {
+                return answers;
+            }
+            let which = n as usize % bodies.len();
+            let before = newest.load(Ordering::SeqCst);
+            let (status, text) = client.request("POST", "/v1/score", &bodies[which]);
+            assert_eq!(status, 200, "request {n} failed: {text}");
+            let answer: Value = serde_json::from_str(&text).unwrap();
+            let version = answer["version"].as_u64().unwrap();
+            assert!(version >= before, "request {n} was answered by version {version}, after an answer by {before}");
+            newest.fetch_max(version, Ordering::SeqCst);
+            answers.push((which, version, logits(&answer)));
         }
-        serving.serves(last);
-        std::thread::sleep(Duration::from_millis(100));
-        stop.store(true, Ordering::Relaxed);
-        answers.extend(senders.into_iter().map(|sender| sender.join().unwrap()));
+    };
+    let mut published = BTreeSet::from([first.0]);
+    let answers: Vec<_> = std::thread::scope(|scope| {
+        let senders: Vec<_> = (0..CONNECTIONS).map(|_| scope.spawn(|| send(serving.connect()))).collect();
+        for second in 1..=RELOADS {
+            sleep_until(began + EVERY * second);
+            let version = shop.publish();
+            serving.serves(version);
+            published.insert(version.0);
+        }
+        std::thread::sleep(Duration::from_millis(200)); // some answers by the last one
+        end.store((began.elapsed().as_nanos() / GAP.as_nanos()) as u64 + 1, Ordering::SeqCst);
+        senders.into_iter().flat_map(|sender| sender.join().unwrap()).collect()
     });
 
+    assert_eq!(answers.len() as u64, end.load(Ordering::SeqCst), "every request that was due was sent, and answered");
+    assert!(answers.len() as u32 >= RELOADS * 200, "only {} requests", answers.len());
+    let answered: BTreeSet<u64> = answers.iter().map(|(_, version, _)| *version).collect();
+    assert_eq!(answered, published, "every version answered");
     let store = Store::open(shop.path().to_str().unwrap()).unwrap();
-    let mut snapshots = BTreeMap::new();
-    for answers in &answers {
-        assert!(answers.len() > 100, "only {} requests", answers.len());
-        let versions: Vec<u64> = answers.iter().map(|(_, answer)| answer["version"].as_u64().unwrap()).collect();
-        assert!(versions.is_sorted(), "a version went back: {versions:?}");
-        assert_eq!(*versions.last().unwrap(), last.0);
-        for (which, answer) in answers {
-            let version = Version(answer["version"].as_u64().unwrap());
-            let snapshot = snapshots.entry(version).or_insert_with(|| block_on(store.load(version)).unwrap());
+    let (mut snapshots, mut expected) = (BTreeMap::new(), BTreeMap::new());
+    for (which, version, found) in &answers {
+        let expected = expected.entry((version, which)).or_insert_with(|| {
+            let load = || block_on(store.load(Version(*version))).unwrap();
+            let snapshot = snapshots.entry(version).or_insert_with(load);
             let (context, candidates) = &requests[*which];
-            let expected: Vec<f32> = candidates.iter().map(|k| logit_of(snapshot, context, k)).collect();
-            assert_eq!(logits(answer), expected, "version {version}");
-        }
+            candidates.iter().map(|candidate| logit_of(snapshot, context, candidate)).collect::<Vec<f32>>()
+        });
+        assert_eq!(found, expected, "version {version}");
     }
-    assert!(snapshots.len() >= 8, "only {} versions were seen", snapshots.len());
     let ok = serving.metric("tidemill_serve_requests_total{outcome=\"ok\"}");
-    assert_eq!(ok as usize, answers.iter().map(Vec::len).sum::<usize>());
-    assert_eq!(serving.metric("tidemill_serve_version") as u64, last.0);
+    assert_eq!(ok as usize, answers.len());
+    assert_eq!(serving.metric("tidemill_serve_requests_in_flight"), 0.0);
+    assert_eq!(serving.metric("tidemill_serve_swaps_total") as u32, 1 + RELOADS);
+    assert_eq!(serving.metric("tidemill_serve_version"), *published.last().unwrap() as f64);
 }
 
 #[test]
@@ -610,7 +627,7 @@ fn sigterm_finishes_the_requests_that_are_open() {
     let (mut open, mut idle) = (serving.connect(), serving.connect());
     open.send(&format!("POST /v1/score HTTP/1.1\r\nhost: t\r\ncontent-length: {}\r\n\r\n{}", body.len(), &body[..9]));
     assert_eq!(idle.request("GET", "/healthz", "").0, 200);
-    std::thread::sleep(Duration::from_millis(50));
+    serving.answers_one();
     serving.terminate();
     let leaving = serving.ready_when("the node to leave", |status, _| status == 503);
     assert_eq!(leaving["reasons"][0], json!("this node is stopping"));
@@ -635,7 +652,7 @@ fn a_request_that_never_ends_is_cut_after_the_grace_time_and_the_exit_code_says_
     serving.serves(version);
     let mut open = serving.connect();
     open.send("POST /v1/score HTTP/1.1\r\nhost: t\r\ncontent-length: 10\r\n\r\n{");
-    std::thread::sleep(Duration::from_millis(50));
+    serving.answers_one();
     serving.terminate();
     assert_eq!(serving.child.wait().unwrap().code(), Some(1));
 }

@@ -11,7 +11,7 @@ use anyhow::Context as _;
 use humantime_serde::re::humantime;
 use metrics_exporter_prometheus::PrometheusBuilder;
 
-use crate::app::demo::{self, Figures, Input, Options, Phase, Report, View};
+use crate::app::demo::{self, Figures, Input, Options, Phase, Report, View, thousands};
 use crate::config::Config;
 
 /// Demo: watch impressions and clicks become a fresh model that answers requests
@@ -81,7 +81,7 @@ impl Demo {
         let metrics = PrometheusBuilder::new().set_buckets(&LATENCIES)?.install_recorder()?;
         let stop = super::train::stop_on_signal()?;
         let mut screen = Screen::new(&options, self.json);
-        screen.begin(&dir)?;
+        screen.begin(&dir, temporary.is_some() && !self.keep)?;
         let mut failed = Ok(());
         let ran = demo::run(&options, &stop, move || metrics.render(), &mut |view| {
             if let Err(error) = screen.show(view) {
@@ -89,7 +89,9 @@ impl Demo {
             }
         });
         let kept = ran.as_ref().is_ok_and(|report| report.ok);
-        if (self.keep || !kept)
+        // With nothing but its own log in it, it did not come so far that there is something to look into.
+        let begun = std::fs::read_dir(&dir).is_ok_and(|files| files.count() > 1);
+        if (self.keep || (!kept && begun))
             && let Some(dir) = temporary.take()
         {
             let _ = dir.keep();
@@ -97,7 +99,8 @@ impl Demo {
         let left = temporary.is_none();
         let report = match ran {
             Ok(report) => report,
-            Err(error) => return Err(error).with_context(|| format!("the demo in `{}`", dir.display())),
+            Err(error) if left => return Err(error).with_context(|| format!("the demo in `{}`", dir.display())),
+            Err(error) => return Err(error.into()),
         };
         if self.json {
             println!("{}", serde_json::to_string(&report)?);
@@ -177,10 +180,10 @@ impl Screen {
     fn new(options: &Options, json: bool) -> Self {
         let intro = match &options.input {
             Input::Generated { rate, history, .. } => format!(
-                "{} impressions a second are generated for {}; {} before it are history, written at once.",
+                "A stream of {} impressions a second for {} s, after {:.0} s of history.",
                 thousands(*rate as u64),
-                span(options.length.as_secs_f64()),
-                span(history.as_secs_f64()),
+                options.length.as_secs(),
+                history.as_secs_f64(),
             ),
             Input::Files { data, .. } => format!("The events in `{}` are replayed.", data.display()),
         };
@@ -196,11 +199,12 @@ impl Screen {
         matches!(self.style, Style::Panel { .. }) && std::env::var_os("NO_COLOR").is_none()
     }
 
-    fn begin(&mut self, dir: &Path) -> io::Result<()> {
+    fn begin(&mut self, dir: &Path, removed: bool) -> io::Result<()> {
         if self.style == Style::Nothing {
             return Ok(());
         }
-        self.intro.push(format!("Everything is in {}", dir.display()));
+        let kept = if removed { ", until it ends" } else { "" };
+        self.intro.push(format!("Everything is in {}{kept}.", dir.display()));
         let mut out = io::stdout().lock();
         self.intro.iter().try_for_each(|line| writeln!(out, "{line}"))?;
         out.flush()
@@ -218,7 +222,8 @@ impl Screen {
         self.last = Some((Instant::now(), view.phase));
         let mut out = io::stdout().lock();
         let Style::Panel { width } = self.style else {
-            return writeln!(out, "{}", line(view));
+            // Nothing happens between the last two phases.
+            return if view.phase == Phase::Done { Ok(()) } else { writeln!(out, "{}", line(view)) };
         };
         // One write within a synchronised update, over what was there: nothing flickers. Lines are not wrapped meanwhile.
         let mut frame = "\x1b[?2026h\x1b[?25l\x1b[?7l".to_owned();
@@ -380,6 +385,9 @@ fn panel(v: &View, width: usize, paint: Paint) -> Vec<String> {
         ms(v.latency_p99_ms),
     ));
     lines.push(format!(" {rule}"));
+    if v.phase == Phase::Done {
+        return lines; // nobody listens any more
+    }
     lines.push(format!("{}curl -s {}/v1/score \\", label("try"), v.url));
     lines.push(format!("{more}  -d @{}", v.dir.join("request.json").display()));
     lines.push(format!("{more}curl -s {}/readyz", v.url));
@@ -515,12 +523,15 @@ fn verdict(report: &Report, left: bool, colours: bool) -> io::Result<()> {
          clicks: {} orphans, {} outside their window, {} twice",
         c.late, c.duplicates, c.too_late, c.rejected, c.clicks_orphan, c.clicks_outside, c.clicks_duplicate
     )?;
-    writeln!(out, "         from a click to serving what was learned from it: {fresh}")?;
-    writeln!(out, "         answers: p50 {}, p99 {}", ms(report.latency_p50_ms), ms(report.latency_p99_ms))?;
+    writeln!(out, "         from a click to weights that serve: {fresh}")?;
+    let (p50, p99) = (ms(report.latency_p50_ms), ms(report.latency_p99_ms));
+    writeln!(out, "         answers, from when each was due: p50 {p50}, p99 {p99}")?;
     if left {
         let dir = report.last.dir.display();
         writeln!(out, "         left in {dir}; look into it by")?;
         writeln!(out, "           tidemill snapshots list --store {dir}/snapshots")?;
+    } else {
+        writeln!(out, "         --keep leaves log, config, model and snapshots to look into")?;
     }
     let broken = report.promises.iter().filter(|promise| promise.kept == Some(false)).count();
     let judged = report.promises.iter().filter(|promise| promise.kept.is_some()).count();
@@ -532,19 +543,6 @@ fn verdict(report: &Report, left: bool, colours: bool) -> io::Result<()> {
         _ => paint.red(format!("{broken} of {} promises broke.", report.promises.len())),
     };
     writeln!(out, "\n {last}")
-}
-
-/// 1234567 as `1,234,567`.
-fn thousands(n: u64) -> String {
-    let digits = n.to_string();
-    let mut text = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
 }
 
 /// Minutes and seconds.

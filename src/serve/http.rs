@@ -301,7 +301,7 @@ impl Shared {
         let Ok(_permit) = self.permits.try_acquire() else {
             return Err(unavailable("overloaded", "too many requests at a time; try again"));
         };
-        telemetry::in_flight(self.settings.max_requests - self.permits.available_permits());
+        let _in_flight = telemetry::InFlight::begin();
         let body = match tokio::time::timeout(self.settings.timeout, Bytes::from_request(request, &())).await {
             Err(_) => {
                 let message = format!("the body did not come within {:?}", self.settings.timeout);

@@ -124,6 +124,7 @@ impl Node {
             cache,
             follower: None,
             wanted: None,
+            retired: Vec::new(),
             random: std::hash::RandomState::new().build_hasher().finish(),
         };
         let body = move || {
@@ -185,6 +186,9 @@ struct Worker {
     follower: Option<(Store, Follower)>,
     /// Named by the channel, neither loaded nor refused yet.
     wanted: Option<Version>,
+    /// Models that serve no longer. They are freed here once the last request has let go of them, for to free a large table
+    /// takes milliseconds, which no request should wait for.
+    retired: Vec<Arc<Model>>,
     random: u64,
 }
 
@@ -200,6 +204,7 @@ impl Worker {
                 Err(_) => failures += 1,
             }
             self.note(outcome.err());
+            self.retired.retain(|model| Arc::strong_count(model) > 1);
             tokio::time::sleep(self.pause(failures)).await;
         }
     }
@@ -315,13 +320,13 @@ impl Worker {
         }
     }
 
-    fn swap(&self, model: Model, from_cache: bool, began: Instant) {
+    fn swap(&mut self, model: Model, from_cache: bool, began: Instant) {
         let (version, manifest) = (model.version(), model.manifest());
         let (published, frontier, rows) = (manifest.created, manifest.facts.frontier_time, model.rows());
         let seconds = began.elapsed().as_secs_f64();
         let loaded = model.loaded();
         let mut status = self.shared.status();
-        self.shared.model.store(Some(Arc::new(model)));
+        self.retired.extend(self.shared.model.swap(Some(Arc::new(model))));
         status.version = Some(version);
         status.published = Some(published);
         status.frontier = frontier;

@@ -595,7 +595,7 @@ fn report(demo: &Demo<'_>, last: View, training: Summary, cut: usize, verified: 
     let mut promise = |name, kept: bool, found| promises.push(Promise { name, kept: Some(kept), found });
 
     let (answered, failed) = (count(&sender.answered), count(&sender.failed));
-    let mut found = format!("{answered} answered, {failed} failed");
+    let mut found = format!("{} answered, {failed} failed", thousands(answered));
     if let Some(why) = sender.first_failure() {
         found += &format!(", the first: {why}");
     }
@@ -627,21 +627,26 @@ fn report(demo: &Demo<'_>, last: View, training: Summary, cut: usize, verified: 
         None => found += ": digests, form, golden vectors",
     }
     promise("every version that answered verifies", broken.is_empty() && gone < versions.len(), found);
-    let mut found = format!("{compared} answers scored again, {} differ", differ.len());
+    let mut found = format!("{} answers scored again, {} differ", thousands(compared), differ.len());
     if let Some(first) = differ.first() {
         found += &format!(", the first: {first}");
     }
     promise("answers reproduce bit for bit with the version they name", compared > 0 && differ.is_empty(), found);
 
     let (c, gaps) = (&training.counts, (training.impression_gap, training.click_gap));
-    promise(
-        "every record is accounted for",
-        gaps == (0, 0) && demo.learning.examples == training.examples,
-        format!(
-            "{} impressions, {} clicks placed, gaps {} and {}; {} examples, outside saw {}",
-            c.impressions, c.clicks, gaps.0, gaps.1, training.examples, demo.learning.examples
-        ),
+    let predictions = demo.learning.examples;
+    let mut found = format!(
+        "{} impressions, {} clicks: gaps {} and {}; {} examples",
+        thousands(c.impressions),
+        thousands(c.clicks),
+        gaps.0,
+        gaps.1,
+        thousands(training.examples)
     );
+    if predictions != training.examples {
+        found += &format!(", but {} predictions", thousands(predictions));
+    }
+    promise("every record is accounted for", gaps == (0, 0) && predictions == training.examples, found);
     promises.push(judge(third, training.examples));
 
     let ms = |took: Duration| took.as_secs_f64() * 1000.0;
@@ -671,10 +676,10 @@ fn judge(third: Option<Figures>, examples: u64) -> Promise {
         let needed = MUST_CLOSE.iter().rev().find(|(from, _)| examples >= *from).map(|(_, share)| *share);
         let judged = match needed {
             Some(share) => format!("{:.0} % needed", share * 100.0),
-            None => format!("not judged below {} examples", MUST_CLOSE[0].0),
+            None => format!("not judged below {} examples", thousands(MUST_CLOSE[0].0)),
         };
         let found = format!(
-            "logloss {logloss:.4}, {:.0} % of the way from constant {constant:.4} to truth {best:.4} ({judged})",
+            "logloss {logloss:.4}, {:.0} % from constant {constant:.4} to truth {best:.4} ({judged})",
             closed * 100.0
         );
         return Promise { name, kept: needed.map(|share| closed >= share), found };
@@ -687,6 +692,19 @@ fn judge(third: Option<Figures>, examples: u64) -> Promise {
     Promise {
         name: "learning is no worse than the best constant",
         kept: (clicks >= CLICKS).then_some(logloss <= constant + SLACK),
-        found: format!("logloss {logloss:.4}, the constant's in hindsight {constant:.4} ({judged})"),
+        found: format!("logloss {logloss:.4}, best constant {constant:.4} ({judged})"),
     }
+}
+
+/// 1234567 as `1,234,567`.
+pub fn thousands(n: u64) -> String {
+    let digits = n.to_string();
+    let mut text = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
 }

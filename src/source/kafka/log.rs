@@ -429,14 +429,13 @@ impl Watch {
             self.commit();
             let look = looked.elapsed() >= self.cluster.refresh;
             let asked = self.desk.asked.swap(false, Ordering::AcqRel);
-            if look || asked {
-                if let Err(error) = self.round(QUICK, look) {
-                    // Said once a while: what waits for it says so all the time.
-                    if asked_at.elapsed() >= Duration::from_secs(10) {
-                        asked_at = Instant::now();
-                        tracing::warn!(%error, "kafka: no broker says where partitions end; they are waited for");
-                    }
-                }
+            if (look || asked)
+                && let Err(error) = self.round(QUICK, look)
+                // Said once a while: what waits for it says so all the time.
+                && asked_at.elapsed() >= Duration::from_secs(10)
+            {
+                asked_at = Instant::now();
+                tracing::warn!(%error, "kafka: no broker says where partitions end; they are waited for");
             }
             if look {
                 looked = Instant::now();
