@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::dead_letters::DeadLetters;
-use super::job::{Error, Options, Until};
+use super::job::{Error, Options};
 use super::keeper::Durable;
 use crate::config::{self, Checked, StreamSettings};
 use crate::event::{Stream, Time};
@@ -181,7 +181,7 @@ pub fn open(
     known: &[PartitionPosition],
     core: &mut Core,
 ) -> Result<Input, Error> {
-    let follow = options.until == Until::Stopped || options.follow;
+    let follow = options.follows();
     let config = &checked.config;
     let impressions = Feed::open(checked, Stream::Impressions, &config.impressions, options.predictions.is_some())?;
     let clicks = config.clicks.as_ref().map(|clicks| Feed::open(checked, Stream::Clicks, clicks, false)).transpose()?;

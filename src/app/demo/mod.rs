@@ -249,7 +249,8 @@ pub fn run(
     let training = Guarded::start("train", {
         let (progress, predictions) = (Arc::clone(&demo.tick), Some(predictions));
         move |stop| {
-            let options = TrainOptions { until: Until::Stopped, follow: false, skip_lost: false, predictions };
+            let options =
+                TrainOptions { until: Until::Stopped, follow: false, skip_lost: false, predictions, control: None };
             train::run(&checked, &options, stop, &mut Ticks(progress))
         }
     })?;
