@@ -108,7 +108,6 @@ pub fn run(
         Join::new(checked.join),
         Cutter::new(batch.examples, period),
         Sampling::new(config.job.seed, config.sampling.negatives),
-        checked.join.window,
         Fuse::new(&config.fuse),
         model,
         measured,

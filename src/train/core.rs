@@ -191,11 +191,11 @@ impl Core {
         join: Join,
         cutter: Cutter,
         sampling: Sampling,
-        window: i64,
         fuse: Fuse,
         model: Logistic,
         progress: Progressive,
     ) -> Self {
+        let window = join.rules().window;
         Self {
             merge,
             join,
