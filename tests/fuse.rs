@@ -18,10 +18,13 @@ use tempfile::TempDir;
 /// 2026-01-01T00:00:00Z, where the generated stream begins.
 const START: i64 = 1_767_225_600_000;
 
+/// A file, its lines with their event times in ms, and how many of them it has.
+type Part = (File, Vec<(i64, String)>, usize);
+
 /// The files of a generated stream, written anew piece by piece.
 struct Feed {
     dir: TempDir,
-    files: BTreeMap<String, (File, Vec<(i64, String)>, usize)>,
+    files: BTreeMap<String, Part>,
 }
 
 impl Feed {

@@ -9,7 +9,7 @@ use super::job::{Error, Options};
 use super::keeper::Durable;
 use crate::config::{self, Checked, StreamSettings};
 use crate::event::{Stream, Time};
-use crate::merge::PartitionPosition;
+use crate::merge::{Heard, PartitionPosition};
 use crate::position::NextOffset;
 use crate::source::decode::Decoder;
 use crate::source::kafka::{Log, PartitionState};
@@ -154,7 +154,8 @@ impl Input {
 
 /// The position of a partition of which nothing was read.
 fn fresh(name: &str, stream: Stream, from: NextOffset) -> PartitionPosition {
-    PartitionPosition { name: name.to_owned(), stream, from, watermark: Time::MIN, read: from }
+    let heard = Heard::default();
+    PartitionPosition { name: name.to_owned(), stream, from, watermark: Time::MIN, read: from, heard }
 }
 
 /// How often it is looked for new partitions.

@@ -64,13 +64,14 @@ impl Desk {
         for why in Why::ALL {
             telemetry::held(why.name(), held.is_some_and(|held| held.why == why));
         }
-        let mut decisions = [("overtaken", 0), ("rejected", 0), ("waived", 0), ("accepted", 0)];
+        let mut decisions = [("overtaken", 0), ("rejected", 0), ("skipped", 0), ("waived", 0), ("accepted", 0)];
         for entry in core.merge().journal() {
             decisions[match entry.decision {
                 Decision::Overtaken(_) => 0,
                 Decision::Rejected => 1,
-                Decision::Waived => 2,
-                Decision::Accepted => 3,
+                Decision::Skipped { .. } => 2,
+                Decision::Waived => 3,
+                Decision::Accepted => 4,
             }]
             .1 += 1;
         }
