@@ -263,7 +263,9 @@ fn an_operators_word_lets_silent_partitions_go_until_their_next_record_and_outli
     let mut resumed = Live::new(rules(), 0);
     resumed.merge = Merge::new(rules());
     resumed.merge.resume(frontier, journal);
-    positions.iter().for_each(|p| drop(resumed.merge.add_resumed(p, std::iter::empty())));
+    for position in &positions {
+        resumed.merge.add_resumed(position, std::iter::empty());
+    }
     (resumed.clicks, resumed.passed) = (live.clicks.clone(), live.passed.clone());
     let from = positions[0].from.offset;
     let rest: Vec<i64> = every(10, 0, 5000).split_off(from as usize);

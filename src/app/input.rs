@@ -321,6 +321,11 @@ pub fn pump(core: &mut Core, input: &mut Input, on: Option<usize>, dead: &mut De
                 while let Some(news) = input.partitions[partition].as_mut().and_then(Partition::try_news) {
                     accept(core, partition, news, dead)?;
                 }
+                // No timer runs against records that merely wait to be read.
+                let unread = || input.partitions[partition].as_ref().is_some_and(Partition::has_more);
+                if core.merge().is_caught_up(partition) && unread() {
+                    core.merge_mut().unconfirmed(partition);
+                }
             }
             core.merge_mut().tick(clock::now());
             Ok(())

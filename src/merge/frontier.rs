@@ -823,7 +823,13 @@ impl Merge {
         (p.caught_up, p.last_end) = (Some(now), Some(now));
     }
 
-    /// What was said by [`Merge::caught_up`] does not hold any more: the partition is awaited.
+    /// Whether the partition's silence counts just now.
+    #[must_use]
+    pub fn is_caught_up(&self, partition: usize) -> bool {
+        self.partitions[partition].caught_up.is_some()
+    }
+
+    /// What was said by [`Merge::caught_up`] does not hold any more, or something waits to be read: the partition is awaited.
     pub fn unconfirmed(&mut self, partition: usize) {
         let p = &mut self.partitions[partition];
         (p.idle, p.silent, p.looked, p.caught_up) = (false, false, false, None);
@@ -1118,14 +1124,13 @@ impl Merge {
         }
     }
 
-    /// Whether a partition should be looked at although nobody waits for it just now: one whose silence counts, for it may
-    /// have spoken; one that is not awaited, but clicks no further than is needed; and clicks, up to a bound, where the
-    /// silence of another partition of theirs is to be judged.
+    /// Whether a partition should be looked at although nobody waits for it just now: one that is not awaited, but clicks no
+    /// further than is needed; and clicks, up to a bound, where the silence of another partition of theirs is to be judged.
     #[must_use]
     pub fn wants(&self, partition: usize) -> bool {
         let p = &self.partitions[partition];
-        if p.ended || p.caught_up.is_some() {
-            return !p.ended;
+        if p.ended {
+            return false;
         }
         match (p.stream, self.next_impression) {
             (Stream::Clicks, _) if self.look && self.clicks_ahead() < LOOK_AHEAD => true,
