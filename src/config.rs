@@ -253,8 +253,8 @@ pub struct DeadLetterSettings {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TelemetrySettings {
-    /// Address and port at which `GET /metrics` (Prometheus) and `GET /healthz` answer while the job runs, such as
-    /// `"127.0.0.1:9464"`. Default: nowhere.
+    /// Address and port at which the running job shows its metrics and its state, and takes an operator's word, such as
+    /// `"127.0.0.1:9464"`. Whoever reaches it can do that. Default: nowhere.
     pub listen: Option<std::net::SocketAddr>,
 }
 
@@ -269,6 +269,8 @@ pub struct Config {
     pub clicks: Option<StreamSettings>,
     #[serde(default)]
     pub join: JoinSettings,
+    #[serde(default)]
+    pub fuse: join::fuse::Settings,
     pub features: Vec<FeatureSettings>,
     #[serde(default)]
     pub crosses: Vec<CrossSettings>,
@@ -408,6 +410,15 @@ impl Config {
         if !(self.sampling.negatives > 0.0 && self.sampling.negatives <= 1.0) {
             return refuse("sampling.negatives", "must be in (0, 1]", self.sampling.negatives);
         }
+        if self.fuse.ctr_clicks == 0 {
+            return refuse("fuse.ctr_clicks", "must be at least 1", 0);
+        }
+        if let Some([low, high]) = self.fuse.ctr_band.0
+            && !((0.0..1.0).contains(&low) && low > 0.0 && high > 1.0 && high.is_finite())
+        {
+            let expected = "must be a multiple above 0 and below 1, and one above 1, or \"never\"";
+            return refuse("fuse.ctr_band", expected, format!("[{low:?}, {high:?}]"));
+        }
         if self.publish.every < Duration::from_millis(1) {
             return refuse("publish.every", "must be at least 1ms", format!("{:?}", self.publish.every));
         }
@@ -441,6 +452,7 @@ impl Config {
             window: join.window,
             until,
             quiet_after: self.clicks.as_ref().and_then(|clicks| clicks.quiet_after.0).map(ms),
+            expected: self.fuse.expected,
         };
         let mut checked = Checked { schema, merge, join, logistic, binding: BTreeMap::new(), config: self };
         checked.binding = checked.bindings();

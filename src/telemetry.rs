@@ -6,7 +6,7 @@ use metrics::{counter, gauge, histogram};
 
 use crate::event::{Stream, Time};
 use crate::join::Counts;
-use crate::merge::ReadCounts;
+use crate::merge::{Attention, ReadCounts};
 use crate::train::progressive::Metrics;
 
 /// A batch boundary was reached. Counts are absolute since the start of the lineage.
@@ -52,6 +52,64 @@ pub fn kafka_partition(stream: Stream, partition: &str, lag: u64, margin: u64, t
     gauge!("tidemill_kafka_retention_margin_records", &labels).set(margin as f64);
     gauge!("tidemill_kafka_away", &labels).set(if away { 1.0 } else { 0.0 });
     counter!("tidemill_kafka_tombstones_total", &labels).absolute(tombstones);
+}
+
+/// Where a partition stands. `behind`: event time behind the furthest of its stream, seconds; `missing`: clicks that it
+/// should have brought while it is silent.
+pub fn partition(
+    stream: &'static str,
+    name: &str,
+    state: Attention,
+    watermark: Time,
+    behind: Option<f64>,
+    missing: f64,
+) {
+    let name = || name.to_owned();
+    if let Some(behind) = behind {
+        gauge!("tidemill_partition_watermark_seconds", "stream" => stream, "partition" => name())
+            .set(watermark.0 as f64 / 1000.0);
+        gauge!("tidemill_partition_behind_seconds", "stream" => stream, "partition" => name()).set(behind);
+    }
+    for each in Attention::ALL {
+        gauge!("tidemill_partition_state", "stream" => stream, "partition" => name(), "state" => each.name())
+            .set(if each == state { 1.0 } else { 0.0 });
+    }
+    if stream == "clicks" {
+        gauge!("tidemill_partition_clicks_missing", "partition" => name()).set(missing);
+    }
+}
+
+/// Whether the fuse holds the release for this reason.
+pub fn held(why: &'static str, now: bool) {
+    gauge!("tidemill_held", "why" => why).set(if now { 1.0 } else { 0.0 });
+}
+
+/// The fuse has begun to hold the release for this reason.
+pub fn hold(why: &'static str) {
+    counter!("tidemill_holds_total", "why" => why).increment(1);
+}
+
+/// What waits, and how far behind the frontier is. `decisions`: entries of the journal by kind.
+pub fn waiting(
+    held_seconds: f64,
+    impressions: u64,
+    clicks_ahead: u64,
+    frontier_behind: Option<f64>,
+    recent_ctr: Option<f64>,
+    decisions: &[(&'static str, u64)],
+) {
+    gauge!("tidemill_held_seconds").set(held_seconds);
+    gauge!("tidemill_impressions_waiting").set(impressions as f64);
+    gauge!("tidemill_clicks_ahead").set(clicks_ahead as f64);
+    if let Some(behind) = frontier_behind {
+        gauge!("tidemill_frontier_behind_seconds").set(behind);
+    }
+    if let Some(ctr) = recent_ctr {
+        gauge!("tidemill_recent_ctr").set(ctr);
+    }
+    for &(decision, entries) in decisions {
+        gauge!("tidemill_journal_entries", "decision" => decision).set(entries as f64);
+    }
 }
 
 /// A window of progressive validation (model age zero) was closed.

@@ -684,6 +684,42 @@ fn a_click_topic_that_stops_for_a_while_makes_no_false_negative() {
     assert_eq!((&end["impression_gap"], &end["click_gap"]), (&json!(0), &json!(0)));
 }
 
+#[test]
+fn one_of_four_click_partitions_that_stops_for_a_while_makes_no_false_negative() {
+    let (impressions, clicks) = (Topic::new("impressions", 2), Topic::new("clicks", 4));
+    let job = job(&impressions, &clicks);
+    let idle = ["--json", "--set", "impressions.idle_after=never", "--set", "clicks.idle_after=1s"];
+    // Every impression is clicked, so any negative is a false one.
+    let put = |from: u64, to: u64, clicked: &dyn Fn(u64) -> bool| {
+        for n in from..to {
+            impressions.put((n % 2) as i32, &impression(n));
+            if clicked(n) {
+                clicks.put((n % 4) as i32, &click(n));
+            }
+        }
+        impressions.flush();
+        clicks.flush();
+    };
+    put(0, 200, &|_| true);
+    let live = Live::start(&job, &[&idle[..], &LISTEN].concat());
+    let address = metrics_of(&live);
+    wait_for("what has its clicks", || released(&address) >= 100.0);
+    put(200, 600, &|n| n % 4 != 1);
+    let stalled = || metric(&address, "tidemill_held{why=\"click_stalled\"}") == Some(1.0);
+    wait_for("the partition to be missed", stalled);
+    let held = released(&address);
+    std::thread::sleep(Duration::from_secs(3));
+    assert!(stalled() && released(&address) == held && held <= 200.0, "{held} were released");
+    for n in (201..600).step_by(4) {
+        clicks.put(1, &click(n));
+    }
+    put(600, 700, &|_| true);
+    wait_for("training to go on by itself", || released(&address) >= 600.0);
+    let end = live.stop();
+    assert_eq!((&end["counts"]["negatives"], &end["journal_entries"]), (&json!(0), &json!(0)));
+    assert_eq!((&end["impression_gap"], &end["click_gap"]), (&json!(0), &json!(0)));
+}
+
 // ------------------------------------------------------------------------------------------------- logs that change
 
 #[test]

@@ -29,7 +29,7 @@ type Log = Vec<(Stream, Vec<Raw>)>;
 fn rules() -> Rules {
     let bounds = Bounds { out_of_order: OUT_OF_ORDER, ahead: OUT_OF_ORDER };
     let stream = StreamRules { bounds, idle_after: None, max_lag: None };
-    Rules { impressions: stream, clicks: stream, window: WINDOW, until: None, quiet_after: None }
+    Rules { impressions: stream, clicks: stream, window: WINDOW, until: None, quiet_after: None, expected: 20 }
 }
 
 fn join_rules() -> JoinRules {

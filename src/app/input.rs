@@ -6,11 +6,11 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::dead_letters::DeadLetters;
-use super::job::{Error, Options, Until};
+use super::job::{Error, Options};
 use super::keeper::Durable;
 use crate::config::{self, Checked, StreamSettings};
 use crate::event::{Stream, Time};
-use crate::merge::{JournalEntry, PartitionPosition};
+use crate::merge::{Heard, JournalEntry, PartitionPosition};
 use crate::position::NextOffset;
 use crate::snapshot::manifest::{Document as _, Facts, Manifest};
 use crate::source::decode::Decoder;
@@ -156,7 +156,8 @@ impl Input {
 
 /// The position of a partition of which nothing was read.
 fn fresh(name: &str, stream: Stream, from: NextOffset) -> PartitionPosition {
-    PartitionPosition { name: name.to_owned(), stream, from, watermark: Time::MIN, read: from }
+    let heard = Heard::default();
+    PartitionPosition { name: name.to_owned(), stream, from, watermark: Time::MIN, read: from, heard }
 }
 
 /// How often it is looked for new partitions.
@@ -183,7 +184,7 @@ pub fn open(
     known: &[PartitionPosition],
     core: &mut Core,
 ) -> Result<Input, Error> {
-    let follow = options.until == Until::Stopped || options.follow;
+    let follow = options.follows();
     let config = &checked.config;
     let impressions = Feed::open(checked, Stream::Impressions, &config.impressions, options.predictions.is_some())?;
     let clicks = config.clicks.as_ref().map(|clicks| Feed::open(checked, Stream::Clicks, clicks, false)).transpose()?;
@@ -350,6 +351,11 @@ pub fn pump(core: &mut Core, input: &mut Input, on: Option<usize>, dead: &mut De
             for partition in 0..input.partitions.len() {
                 while let Some(news) = input.partitions[partition].as_mut().and_then(Partition::try_news) {
                     accept(core, partition, news, dead)?;
+                }
+                // No timer runs against records that merely wait to be read.
+                let unread = || input.partitions[partition].as_ref().is_some_and(Partition::has_more);
+                if core.merge().is_caught_up(partition) && unread() {
+                    core.merge_mut().unconfirmed(partition);
                 }
             }
             core.merge_mut().tick(clock::now());

@@ -2,10 +2,13 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use super::control::Control;
 use super::{dead_letters, publisher};
 use crate::config;
 use crate::event::Time;
+use crate::join::fuse::Jump;
 use crate::source;
 use crate::train::checkpoint;
 use crate::train::image::FORMAT;
@@ -33,6 +36,16 @@ pub struct Options {
     pub journal: Option<PathBuf>,
     /// File for id, prediction and label of every example.
     pub predictions: Option<PathBuf>,
+    /// Where operators look and speak; none: nobody does.
+    pub control: Option<Arc<Control>>,
+}
+
+impl Options {
+    /// Whether the input may still grow.
+    #[must_use]
+    pub fn follows(&self) -> bool {
+        self.until == Until::Stopped || self.follow
+    }
 }
 
 /// Why a job cannot start or go on. Nothing that was checkpointed is lost by any of them.
@@ -79,6 +92,15 @@ pub enum Error {
     PartitionGone { name: String, stream: &'static str },
     #[error("the journal in `{}` cannot be obeyed: {why}", path.display())]
     Journal { path: PathBuf, why: String },
+    #[error(
+        "the click-through rate jumped: {} clicks in {} impressions where {:.5} of them were clicked before (batch {batch}, \
+         from {time}). Bounded input brings no more clicks, so nothing of it was learned. Look for the cause; \
+         `--set 'fuse.ctr_band=\"never\"'` learns it as it is",
+        jump.run.clicks,
+        jump.run.impressions,
+        jump.recent_ctr
+    )]
+    CtrJump { batch: u64, time: Time, jump: Jump },
     #[error("cannot write predictions to `{}`", path.display())]
     Predictions { path: PathBuf, source: io::Error },
     #[error("a thread cannot be started: {0}")]

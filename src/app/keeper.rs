@@ -157,6 +157,7 @@ impl Writer {
             journal: image.journal.clone(),
             counts: image.counts,
             delays: image.delays.clone(),
+            fuse: image.fuse,
             periods: model.periods.clone(),
             features: model.counts.clone(),
             predictions,

@@ -1,11 +1,13 @@
 //! Wiring: builds the stages from the last to the first; owns threads, channels and shutdown.
 
+pub mod control;
 pub mod dead_letters;
 pub mod demo;
 pub mod exporter;
 pub mod input;
 pub mod job;
 pub mod keeper;
+pub mod operator;
 pub mod predictions;
 pub mod publisher;
 pub mod replay;

@@ -4,10 +4,12 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use super::control::Why;
 use super::dead_letters::{At, DeadLetters};
 use super::input;
 pub use super::job::{Error, Options, Until};
 use super::keeper::Keeper;
+use super::operator::Desk;
 use super::predictions::Predictions;
 use super::publisher::{Handle, Job};
 pub use super::summary::Summary;
@@ -16,6 +18,7 @@ use crate::batch::Cutter;
 use crate::config::Checked;
 use crate::event::Time;
 use crate::join::Join;
+use crate::join::fuse::Fuse;
 use crate::merge::{self, Merge, PartitionPosition, WaitReason};
 use crate::model::logistic::Logistic;
 use crate::telemetry;
@@ -37,6 +40,10 @@ pub struct Tick {
     pub per_second: f64,
     pub frontier: Option<Time>,
     pub waiting_for: Option<WaitReason>,
+    /// Why the fuse holds the training, if it does.
+    pub held: Option<Why>,
+    /// Impressions read and not yet learned.
+    pub impressions_waiting: u64,
     pub logloss: Option<f64>,
     pub auc: Option<f64>,
     pub version: Option<u64>,
@@ -101,7 +108,7 @@ pub fn run(
         Join::new(checked.join),
         Cutter::new(batch.examples, period),
         Sampling::new(config.job.seed, config.sampling.negatives),
-        checked.join.window,
+        Fuse::new(&config.fuse),
         model,
         measured,
     );
@@ -131,12 +138,13 @@ pub fn run(
     let first_example = core.place().examples;
     let learning = Instant::now();
     let mut shown = Instant::now();
-    let mut waiting_for = None;
+    let mut desk = Desk::new(&config.job.name, options.control.clone());
+    let mut jumped = None;
     let mut peak_pending = 0;
     let ended = loop {
         match core.advance() {
             Advance::Boundary => {
-                waiting_for = None;
+                desk.note(None, &core);
                 peak_pending = peak_pending.max(core.merge().pending());
                 while let Some(chunk) = core.merge_mut().take_recycled() {
                     input.recycler.give(chunk);
@@ -154,8 +162,25 @@ pub fn run(
                 }
                 job.frozen = true;
             }
+            Advance::Held => {
+                desk.note(None, &core);
+                let held = core.held().expect("the core says so");
+                if !held.unheard.is_empty() {
+                    tracing::warn!(from = %held.first.time, "a batch goes back, to be labelled anew when clicks return");
+                    let known = core.rewind();
+                    // Its threads end before new ones read the same log.
+                    drop(input);
+                    input = input::open(checked, options, &known, &mut core)?;
+                } else if options.follows() {
+                    std::thread::sleep(HELD);
+                } else {
+                    let (batch, time, jump) = (core.place().batches + 1, held.first.time, held.jump);
+                    jumped = Some(Error::CtrJump { batch, time, jump });
+                    break false;
+                }
+            }
             Advance::Wait { on, why } => {
-                waiting_for = Some(why);
+                desk.note(Some(why), &core);
                 input::pump(&mut core, &mut input, on, &mut dead)?;
             }
             Advance::End => break true,
@@ -163,8 +188,13 @@ pub fn run(
         if stop.load(Ordering::Relaxed) {
             break false;
         }
+        if desk.is_told() {
+            let version = job.version();
+            desk.obey(&mut core, version, |core| job.lasts(core, predictions.as_mut(), &mut dead));
+        }
         if shown.elapsed() > Duration::from_secs(1) {
             shown = Instant::now();
+            desk.show(&core, job.version());
             if let Some(frontier) = core.place().frontier {
                 let (counts, waiting) = core.join().settled();
                 telemetry::boundary(counts, &core.merge().counts(), waiting, frontier.time, core.place().batches);
@@ -177,10 +207,12 @@ pub fn run(
                 examples: core.place().examples,
                 per_second: (core.place().examples - first_example) as f64 / learning.elapsed().as_secs_f64(),
                 frontier: core.place().frontier.map(|key| key.time),
-                waiting_for,
+                waiting_for: desk.waiting(),
+                held: desk.held(),
+                impressions_waiting: core.impressions_waiting(),
                 logloss: report.cumulative.logloss,
                 auc: report.cumulative.auc,
-                version: job.publisher.as_ref().and_then(Handle::last).map(|version| version.0),
+                version: job.version(),
             });
         }
     };
@@ -190,12 +222,18 @@ pub fn run(
     let version = job.finish(&core, predictions.as_mut(), &mut dead)?;
     input.commit(&durable);
     drop(input);
+    if let Some(jumped) = jumped {
+        return Err(jumped);
+    }
     let image = core.image();
     let digests = image::digests(&image, &image.model.sorted(), checked.join.window);
     let run = Run { ended, resumed, seconds, first_example, first_impression, peak_pending, version };
     tracing::debug!(seconds = started.elapsed().as_secs_f64(), "done");
     Ok(summary(checked, &core, &image, digests, dead.count, &run))
 }
+
+/// How long a held job waits before it looks again whether an operator has spoken.
+const HELD: Duration = Duration::from_millis(20);
 
 /// Reads the head of a checkpoint and refuses one that was made under other settings, naming each.
 pub fn read_head(head: &serde_json::Value, dir: &Path, checked: &Checked) -> Result<Head, Error> {
@@ -300,6 +338,11 @@ impl Running<'_> {
         Ok(())
     }
 
+    /// The newest version published in this lineage.
+    fn version(&self) -> Option<u64> {
+        self.publisher.as_ref().and_then(Handle::last).map(|version| version.0)
+    }
+
     fn job(&self, core: &Core) -> Job {
         Job {
             image: core.image(),
@@ -322,6 +365,18 @@ impl Running<'_> {
             keeper.write(core.image(), written)?;
         }
         Ok(())
+    }
+
+    /// Makes an operator's word last: writes a checkpoint, unless there is nothing yet to resume from. Whether it lasts.
+    fn lasts(&mut self, core: &Core, predictions: Option<&mut Predictions>, dead: &mut DeadLetters) -> bool {
+        if self.keeper.is_none() || self.frozen || core.place().frontier.is_none() {
+            return false;
+        }
+        let kept = self.checkpoint(core, predictions, dead);
+        if let Err(error) = &kept {
+            tracing::error!(error = %super::publisher::chain(error), "what an operator said is not in a checkpoint yet");
+        }
+        kept.is_ok()
     }
 
     /// The last checkpoint and the last snapshot. Both are tried before an error of either is returned.

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 
 use super::ConfigArgs;
+use crate::app::control::{Control, Why};
 use crate::app::train::{self, Options, Progress, Summary, Tick, Until};
 use crate::event::Time;
 use crate::merge::WaitReason;
@@ -54,15 +55,18 @@ impl Train {
             None if self.until_end => Until::End,
             None => Until::Stopped,
         };
-        let options = Options {
+        let mut options = Options {
             until,
             follow: self.follow,
             skip_lost: self.skip_lost,
             journal: self.journal.clone(),
             predictions: self.predictions.clone(),
+            control: None,
         };
         if let Some(listen) = checked.config.telemetry.listen {
-            crate::app::exporter::start(listen)?;
+            let control = Arc::new(Control::new(&checked.config.job.name));
+            crate::app::exporter::start(listen, Arc::clone(&control))?;
+            options.control = Some(control);
         }
         let stop = stop_on_signal()?;
         let mut progress = Lines::new(self.json);
@@ -140,12 +144,15 @@ impl Progress for Lines {
         let figure = |value: Option<f64>| value.map_or("-".to_owned(), |v| format!("{v:.4}"));
         let frontier = tick.frontier.map_or("-".to_owned(), |time| time.to_string());
         let version = tick.version.map_or("-".to_owned(), |v| format!("v{v}"));
-        let wait = match tick.waiting_for {
-            None => "",
-            Some(WaitReason::Impressions) => ", waiting for impressions",
-            Some(WaitReason::Clicks) => ", waiting for clicks",
-            Some(WaitReason::ClickSilence) => ", held: the click stream is silent",
-            Some(WaitReason::Idle) => ", idle",
+        let held = |what: &str| format!(", held: {what}; {} impressions wait", tick.impressions_waiting);
+        let wait = match (tick.held, tick.waiting_for) {
+            (Some(Why::ClickSilence), _) => held("the click stream is silent"),
+            (Some(Why::ClickStalled), _) => held("a click partition has stalled"),
+            (Some(Why::CtrJump), _) => held("the click-through rate has jumped"),
+            (None, Some(WaitReason::Impressions)) => ", waiting for impressions".to_owned(),
+            (None, Some(WaitReason::Idle)) => ", idle".to_owned(),
+            (None, Some(_)) => ", waiting for clicks".to_owned(),
+            (None, None) => String::new(),
         };
         let line = format!(
             "at {frontier}: {} impressions, {} examples, {:.0}/s, logloss {}, AUC {}, snapshot {version}{wait}",

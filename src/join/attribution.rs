@@ -179,6 +179,11 @@ impl Join {
         }
     }
 
+    #[must_use]
+    pub fn rules(&self) -> Rules {
+        self.rules
+    }
+
     /// Clicks placed whose impression has not come.
     #[must_use]
     pub fn waiting(&self) -> u64 {

@@ -5,6 +5,7 @@
 
 mod attribution;
 mod dedup;
+pub mod fuse;
 
 pub use attribution::{Counts, DelayCurve, Image, Join, Label, Rules, Verdict};
 pub use dedup::{Seen, SeenInfo, Segment};

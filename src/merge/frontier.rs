@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use serde::{Deserialize, Serialize};
 
 use super::reorder::Reorder;
+use super::silence::{Heard, MEMORY, Silence};
 use super::watermark::{Bounds, Placing, Watermark};
 use crate::event::{Chunk, Kind, Record, Stream, Time};
 use crate::position::{Fingerprint, NextOffset};
@@ -42,6 +43,8 @@ pub struct Rules {
     pub until: Option<Time>,
     /// After this much silence (ms of wall time) of the whole click stream, it is no longer awaited; `None`: for ever.
     pub quiet_after: Option<i64>,
+    /// A silent click partition that should have brought this many clicks since is stalled, and awaited; 0: none ever is.
+    pub expected: u64,
 }
 
 /// What the runtime decided about one record, and a replay must decide again.
@@ -54,6 +57,17 @@ pub enum Decision {
     Rejected,
     /// The log had dropped the records from this offset on before they were read, and an operator let it go on at `to`.
     Skipped { to: u64 },
+    /// By an operator's word: a click partition is not awaited before the record at this offset comes.
+    Waived,
+    /// By an operator's word: the batch that starts with this impression is learned, whatever its click-through rate.
+    Accepted,
+}
+
+impl Decision {
+    /// Whether it moved or rejected the record at its offset.
+    fn places(self) -> bool {
+        matches!(self, Self::Overtaken(_) | Self::Rejected)
+    }
 }
 
 /// One decision of the runtime, with the record it is about.
@@ -102,8 +116,10 @@ pub enum WaitReason {
     Impressions,
     /// More clicks must be read.
     Clicks,
-    /// All click partitions are idle, and the click stream as a whole is always awaited.
+    /// No click partition speaks, and the click stream as a whole is always awaited; or one is silent that is never idle.
     ClickSilence,
+    /// A click partition is silent while others bring so many clicks that its own must be missing somewhere.
+    ClickStalled,
     /// Nothing is known to be there at all.
     Idle,
 }
@@ -128,6 +144,41 @@ pub enum Ready {
 pub struct Rewritten {
     pub partition: String,
     pub offset: u64,
+}
+
+/// Whether a partition is awaited, and why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Attention {
+    /// Nothing is released that it could still come before.
+    Awaited,
+    /// Awaited although it is silent: its clicks are missing.
+    Stalled,
+    /// Not awaited until its next record: silent, and credibly so.
+    Idle,
+    /// Not awaited until it has caught up: too far behind the others.
+    LeftBehind,
+    /// Not awaited until its next record, by an operator's word.
+    Waived,
+    /// Bounded input that was read to its end, or a file that is gone.
+    Ended,
+}
+
+impl Attention {
+    /// All, as metrics name them.
+    pub const ALL: [Self; 6] = [Self::Awaited, Self::Stalled, Self::Idle, Self::LeftBehind, Self::Waived, Self::Ended];
+
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Awaited => "awaited",
+            Self::Stalled => "stalled",
+            Self::Idle => "idle",
+            Self::LeftBehind => "left_behind",
+            Self::Waived => "waived",
+            Self::Ended => "ended",
+        }
+    }
 }
 
 /// What the merge says when asked for the next record.
@@ -156,6 +207,9 @@ pub struct PartitionPosition {
     pub watermark: Time,
     /// First offset never read. Records from `from` to here with a key at or before the frontier are skipped.
     pub read: NextOffset,
+    /// Clicks: its part in the stream, by which its silence is judged.
+    #[serde(default, skip_serializing_if = "Heard::is_unknown")]
+    pub heard: Heard,
 }
 
 /// An impression that was read and not yet released.
@@ -200,16 +254,57 @@ struct Partition {
     /// Journal entries of this partition at or after `from`, by (offset, row).
     decided: BTreeMap<(u64, u32), (Option<Time>, bool)>,
     caught_up: Option<Time>,
+    /// When its end was confirmed last, whether or not more has come since.
+    last_end: Option<Time>,
+    /// Caught up, and silent for `idle_after`.
+    silent: bool,
     idle: bool,
     left_behind: bool,
     ended: bool,
+    heard: Heard,
+    /// Silent, and its clicks are missing.
+    stalled: bool,
+    /// A batch was held that was labelled without it: awaited until one of those that were missing speaks.
+    suspect: bool,
+    /// The others have been read ahead since it fell silent, to see whether that is credible.
+    looked: bool,
+    /// An operator's word: not awaited while it reads on from here.
+    waived: Option<u64>,
     /// The watermark that the records alone gave, kept when the end lifts `watermark` to the end of time.
     real: Time,
 }
 
 impl Partition {
     fn awaited(&self) -> bool {
-        !self.idle && !self.left_behind
+        matches!(self.attention(), Attention::Awaited | Attention::Stalled | Attention::Ended)
+    }
+
+    fn attention(&self) -> Attention {
+        if self.ended {
+            Attention::Ended
+        } else if self.waived == Some(self.read.offset) {
+            Attention::Waived
+        } else if self.stalled || self.suspect {
+            Attention::Stalled
+        } else if self.idle {
+            Attention::Idle
+        } else if self.left_behind {
+            Attention::LeftBehind
+        } else {
+            Attention::Awaited
+        }
+    }
+
+    /// Clicks of which others at or before this time say nothing about its silence: the latest that it has brought.
+    fn heard_up_to(&self, bounds: Bounds) -> Time {
+        self.real.plus(bounds.out_of_order)
+    }
+
+    /// It has spoken: all that was held against it is over.
+    fn spoke(&mut self) {
+        (self.idle, self.silent, self.looked) = (false, false, false);
+        (self.stalled, self.suspect, self.heard.silence) = (false, false, None);
+        self.caught_up = None;
     }
 
     fn head_time(&self) -> Option<(Time, u64, u64)> {
@@ -247,6 +342,10 @@ pub struct Merge {
     #[expect(clippy::vec_box, reason = "the box travels on, with its address and its memory")]
     recycled: Vec<Box<Chunk>>,
     quiet: bool,
+    /// Sum of [`Heard::clicks`].
+    heard: u64,
+    /// Click partitions are read ahead of what release needs, to judge the silence of others.
+    look: bool,
     /// Records rejected here rather than by the decoder. Drained by the caller.
     rejected: Vec<Rejected>,
     counts: ReadCounts,
@@ -283,6 +382,12 @@ pub struct ReadCounts {
     pub overtaken: u64,
 }
 
+/// A caught-up partition that is always awaited is called silent after this long, ms of wall time.
+const SILENT: i64 = 30_000;
+
+/// Clicks that may be read past what release needs, to judge whether a silent partition is idle or stalled.
+const LOOK_AHEAD: usize = 1 << 16;
+
 /// The next full second after `time`: what an overtaken record takes as its place.
 fn next_second(time: Time) -> Time {
     if time == Time::MIN { Time(0) } else { Time((time.0.div_euclid(1000) + 1) * 1000) }
@@ -303,6 +408,8 @@ impl Merge {
             last: None,
             recycled: Vec::new(),
             quiet: false,
+            heard: 0,
+            look: false,
             rejected: Vec::new(),
             counts: ReadCounts::default(),
         }
@@ -323,6 +430,7 @@ impl Merge {
             from: NextOffset::default(),
             watermark: Time::MIN,
             read: NextOffset::default(),
+            heard: Heard::default(),
         };
         self.add_resumed(&start, std::iter::empty())
     }
@@ -332,12 +440,18 @@ impl Merge {
         let index = self.partitions.len();
         let mut decided: BTreeMap<(u64, u32), (Option<Time>, bool)> = BTreeMap::new();
         let mine = |entry: &&JournalEntry| entry.partition as usize == index && entry.offset >= at.from.offset;
+        let mut waived = None;
         for entry in self.journal.iter().filter(mine) {
+            if entry.decision == Decision::Waived {
+                waived = Some(entry.offset);
+            }
+            if !entry.decision.places() {
+                continue;
+            }
             let known = decided.entry((entry.offset, entry.row)).or_default();
             match entry.decision {
                 Decision::Overtaken(w) => known.0 = Some(w),
-                Decision::Rejected => known.1 = true,
-                Decision::Skipped { .. } => {}
+                _ => known.1 = true,
             }
         }
         let queue = match at.stream {
@@ -359,11 +473,19 @@ impl Merge {
             known: at.read,
             decided,
             caught_up: None,
+            last_end: None,
+            silent: false,
             idle: false,
             left_behind: false,
             ended: false,
+            heard: at.heard,
+            stalled: false,
+            suspect: false,
+            looked: false,
+            waived,
             real: at.watermark,
         });
+        self.heard += at.heard.clicks;
         self.refresh();
         index
     }
@@ -425,6 +547,94 @@ impl Merge {
         self.partitions[partition].real
     }
 
+    #[must_use]
+    pub fn rules(&self) -> Rules {
+        self.rules
+    }
+
+    /// Whether a partition is awaited, and why.
+    #[must_use]
+    pub fn attention(&self, partition: usize) -> Attention {
+        self.partitions[partition].attention()
+    }
+
+    /// How many clicks a silent click partition misses by its share of the stream; 0 for others.
+    #[must_use]
+    pub fn missing(&self, partition: usize) -> f64 {
+        self.partitions[partition].heard.silence.map_or(0.0, |silence| silence.missing())
+    }
+
+    /// Place of the next impression that was read, released or not.
+    #[must_use]
+    pub fn next_impression(&self) -> Option<Time> {
+        self.next_impression.map(|(_, time)| time)
+    }
+
+    /// Silent click partitions that hold the next impression: what an operator can let go. With a confirmed end, so not
+    /// those that are merely slow.
+    #[must_use]
+    pub fn holding(&self) -> Vec<usize> {
+        let Some(need) = self.next_impression().map(|time| time.plus(self.rules.window)) else { return Vec::new() };
+        let holds = |p: &Partition| {
+            let closed = matches!(p.attention(), Attention::Ended | Attention::Waived);
+            p.stream == Stream::Clicks && !closed && p.real <= need && p.caught_up.is_some()
+        };
+        (0..self.partitions.len()).filter(|&index| holds(&self.partitions[index])).collect()
+    }
+
+    /// Click partitions that brought less than all their clicks up to `through`, as far as is known, when impressions were
+    /// released: they were not awaited, or the journal has moved their records since its entry `since`. Those that ended,
+    /// were waived or left behind are as they are meant to be.
+    #[must_use]
+    pub fn unheard(&self, through: Time, since: usize) -> Vec<usize> {
+        let moved = |index: usize| {
+            let mut entries = self.journal[since..].iter();
+            entries.any(|e| e.partition as usize == index && matches!(e.decision, Decision::Overtaken(_)))
+        };
+        let unheard = |index: usize| {
+            let p = &self.partitions[index];
+            let meant = matches!(p.attention(), Attention::Ended | Attention::Waived | Attention::LeftBehind);
+            p.stream == Stream::Clicks && !meant && (p.real <= through || moved(index))
+        };
+        (0..self.partitions.len()).filter(|&index| unheard(index)).collect()
+    }
+
+    /// A batch was held that was labelled without these click partitions: they are awaited until one of them speaks.
+    pub fn suspect(&mut self, partitions: &[usize]) {
+        for &index in partitions {
+            self.partitions[index].suspect = true;
+        }
+        self.refresh();
+    }
+
+    /// An operator's word: partition is not awaited until its next record. Journaled.
+    pub fn waive(&mut self, partition: usize) {
+        let p = &mut self.partitions[partition];
+        let (offset, time) = (p.read.offset, p.real);
+        p.waived = Some(offset);
+        let decision = Decision::Waived;
+        self.journal.push(JournalEntry { partition: partition as u32, offset, row: 0, decision, time });
+        self.refresh();
+    }
+
+    /// An operator's word: the batch that starts with this impression is learned. Journaled.
+    pub fn accept(&mut self, first: Key) {
+        let Key { partition, offset, row, time, .. } = first;
+        self.journal.push(JournalEntry { partition, offset, row, decision: Decision::Accepted, time });
+    }
+
+    /// Whether an operator accepted the batch that starts with this impression.
+    #[must_use]
+    pub fn is_accepted(&self, first: Key) -> bool {
+        let mut entries = self.journal.iter().filter(|entry| entry.decision == Decision::Accepted);
+        entries.any(|e| (e.partition, e.offset, e.row) == (first.partition, first.offset, first.row))
+    }
+
+    /// Takes over what was read by the merge that this one replaces.
+    pub fn set_counts(&mut self, counts: ReadCounts) {
+        self.counts = counts;
+    }
+
     /// Records that were rejected for their times since the last call.
     pub fn take_rejected(&mut self) -> Vec<Rejected> {
         std::mem::take(&mut self.rejected)
@@ -464,13 +674,16 @@ impl Merge {
         }
         let passed = self.passed(self.partitions[partition].stream);
         let resumed = self.resumed;
+        let stream = self.partitions[partition].stream;
+        if stream == Stream::Clicks {
+            self.heard_again(partition, now);
+        }
         let p = &mut self.partitions[partition];
-        let stream = p.stream;
         let bounds = match stream {
             Stream::Impressions => self.rules.impressions.bounds,
             Stream::Clicks => self.rules.clicks.bounds,
         };
-        (p.idle, p.caught_up) = (false, None);
+        p.spoke();
         let (start, start_watermark) = (p.read, p.watermark.0);
         let mut kept = 0_u32;
         let sequence = match &p.queue {
@@ -558,6 +771,10 @@ impl Merge {
                     } else if record.kind == Kind::Heartbeat {
                         self.counts.heartbeats += 1;
                     } else {
+                        if !rejected {
+                            let first = p.heard.first.unwrap_or(record.event_time);
+                            p.heard.first = Some(first.min(record.event_time));
+                        }
                         clicks.push(Click {
                             time,
                             id: record.id,
@@ -575,6 +792,10 @@ impl Merge {
         }
         p.read = chunk.next;
         p.real = p.watermark.0;
+        if stream == Stream::Clicks {
+            self.count_against_silent(partition, &chunk);
+        }
+        let p = &mut self.partitions[partition];
         let read = chunk.records.len() as u64;
         match &mut p.queue {
             Queue::Impressions { held, .. } if kept > 0 => {
@@ -598,13 +819,21 @@ impl Merge {
 
     /// All that the partition has was offered, and its end was confirmed after that, at `now`.
     pub fn caught_up(&mut self, partition: usize, now: Time) {
-        self.partitions[partition].caught_up = Some(now);
+        let p = &mut self.partitions[partition];
+        (p.caught_up, p.last_end) = (Some(now), Some(now));
     }
 
-    /// What was said by [`Merge::caught_up`] does not hold any more: the partition is awaited.
+    /// Whether the partition's silence counts just now.
+    #[must_use]
+    pub fn is_caught_up(&self, partition: usize) -> bool {
+        self.partitions[partition].caught_up.is_some()
+    }
+
+    /// What was said by [`Merge::caught_up`] does not hold any more, or something waits to be read: the partition is awaited.
     pub fn unconfirmed(&mut self, partition: usize) {
         let p = &mut self.partitions[partition];
-        (p.idle, p.caught_up) = (false, None);
+        (p.idle, p.silent, p.looked, p.caught_up) = (false, false, false, None);
+        self.judge();
         self.refresh();
     }
 
@@ -633,37 +862,136 @@ impl Merge {
         Ok(())
     }
 
-    /// Lets silence count: idle and left-behind partitions are no longer awaited. Call when nothing can be released.
+    /// A click partition brings something. The silence of the others counts from anew where it says nothing any more: if
+    /// the stream as a whole was silent, or if a batch was held that was labelled without this partition.
+    fn heard_again(&mut self, partition: usize, now: Time) {
+        self.quiet = false;
+        let mut open = self.partitions.iter().filter(|p| p.stream == Stream::Clicks && !p.ended);
+        if !self.partitions[partition].suspect && !open.all(|p| p.silent) {
+            return;
+        }
+        for p in self.partitions.iter_mut().filter(|p| p.stream == Stream::Clicks) {
+            (p.idle, p.silent, p.suspect, p.looked) = (false, false, false, false);
+            p.caught_up = p.caught_up.map(|since| since.max(now));
+        }
+    }
+
+    /// Counts what `chunk` of click partition `from` shows about the silence of others.
+    fn count_against_silent(&mut self, from: usize, chunk: &Chunk) {
+        let first = self.partitions[from].heard.first;
+        let bounds = self.rules.clicks.bounds;
+        for (index, p) in self.partitions.iter_mut().enumerate() {
+            let up_to = p.heard_up_to(bounds);
+            if index == from {
+                continue;
+            }
+            if let Some(silence) = &mut p.heard.silence {
+                let clicks = chunk.records.iter().filter(|record| record.kind == Kind::Click);
+                let beyond = clicks.filter(|record| record.event_time > up_to).count() as u64;
+                let known = first.is_some_and(|first| first <= up_to);
+                *(if known { &mut silence.old } else { &mut silence.new }) += beyond;
+            }
+        }
+        self.judge();
+    }
+
+    /// What was read of the other click partitions past the end of this one, which has fallen silent.
+    fn silence_of(&self, partition: usize) -> Silence {
+        let p = &self.partitions[partition];
+        let up_to = p.heard_up_to(self.rules.clicks.bounds);
+        let own = p.heard.clicks;
+        let mut silence = Silence { own, others: self.heard - own, old: 0, new: 0 };
+        for other in self.partitions.iter().enumerate().filter(|(index, _)| *index != partition).map(|(_, p)| p) {
+            if let Queue::Clicks(clicks) = &other.queue {
+                let beyond = clicks.iter().filter(|click| !click.rejected && click.event_time > up_to).count() as u64;
+                let known = other.heard.first.is_some_and(|first| first <= up_to);
+                *(if known { &mut silence.old } else { &mut silence.new }) += beyond;
+            }
+        }
+        silence
+    }
+
+    /// Says which silent click partitions are stalled.
+    fn judge(&mut self) {
+        let expected = self.rules.expected;
+        let may_idle = self.rules.clicks.idle_after.is_some();
+        for p in &mut self.partitions {
+            let missing = p.heard.silence.map_or(0.0, |silence| silence.missing());
+            p.stalled = may_idle && p.silent && !p.ended && expected > 0 && missing >= expected as f64;
+        }
+    }
+
+    /// Lets silence count: idle and left-behind partitions are no longer awaited. Call when nothing can be released, and
+    /// only after all that [`Merge::wants`] named has been looked at.
     pub fn tick(&mut self, now: Time) {
         let ahead = |stream| self.partitions.iter().filter(|p| p.stream == stream).map(|p| p.real).max();
         let furthest = [ahead(Stream::Impressions), ahead(Stream::Clicks)];
-        let mut quiet = self.rules.quiet_after.is_some();
         for p in &mut self.partitions {
             let rules = match p.stream {
                 Stream::Impressions => self.rules.impressions,
                 Stream::Clicks => self.rules.clicks,
             };
-            let silent = p.caught_up.map(|since| now.0 - since.0);
-            p.idle = !p.ended && rules.idle_after.zip(silent).is_some_and(|(after, silent)| silent >= after);
+            let silent_for = p.caught_up.map(|since| now.0 - since.0);
+            p.silent = !p.ended && silent_for >= Some(rules.idle_after.unwrap_or(SILENT));
+            p.idle &= p.silent;
+            if p.stream == Stream::Impressions {
+                p.idle = p.silent && rules.idle_after.is_some();
+            }
             p.left_behind = !p.ended
                 && rules.max_lag.zip(furthest[p.stream as usize]).is_some_and(|(lag, head)| p.real < head.minus(lag));
-            if p.stream == Stream::Clicks {
-                quiet &= p.ended || self.rules.quiet_after.zip(silent).is_some_and(|(after, silent)| silent >= after);
+        }
+        self.silence_of_clicks();
+        let quiet = |p: &Partition, after| {
+            let silent = p.caught_up.is_some_and(|since| now.0 - since.0 >= after);
+            p.ended || silent && p.attention() != Attention::Stalled
+        };
+        let clicks = || self.partitions.iter().filter(|p| p.stream == Stream::Clicks);
+        self.quiet = self.rules.quiet_after.is_some_and(|after| clicks().all(|p| quiet(p, after)));
+        self.refresh();
+    }
+
+    /// Lets the silence of click partitions count where it is credible.
+    fn silence_of_clicks(&mut self) {
+        let Some(after) = self.rules.clicks.idle_after else { return };
+        let judged = self.rules.expected > 0;
+        for index in 0..self.partitions.len() {
+            let p = &self.partitions[index];
+            if p.stream == Stream::Clicks && p.silent && p.heard.silence.is_none() {
+                self.partitions[index].heard.silence = Some(self.silence_of(index));
             }
         }
-        self.quiet = quiet;
-        self.refresh();
+        self.judge();
+        self.look = false;
+        for index in 0..self.partitions.len() {
+            let p = &self.partitions[index];
+            if p.stream == Stream::Impressions || !p.silent {
+                continue;
+            }
+            // The others are read ahead first: what they bring may show that it is not idle, before anything is released.
+            let missed = judged && p.heard.silence.is_some_and(|silence| silence.has_share());
+            self.look |= missed;
+            let since = p.caught_up.map(|since| since.plus(after));
+            let heard_out = |q: &Partition| p.looked && q.caught_up.is_some() || q.last_end >= since;
+            let mut others = self.partitions.iter().filter(|q| q.stream == Stream::Clicks && !q.ended);
+            let credible = !missed
+                || p.idle
+                || p.looked && self.clicks_ahead() >= LOOK_AHEAD
+                || others.all(|q| std::ptr::eq(p, q) || heard_out(q));
+            let p = &mut self.partitions[index];
+            (p.idle, p.looked) = (credible && !p.stalled, true);
+        }
     }
 
     /// Recomputes what follows from the partitions. Called when one of them changed, not per record.
     fn refresh(&mut self) {
         let mut limits = Limits { impressions: Time::MAX, clicks: Time::MAX };
-        let mut any_click = None;
+        let (mut furthest, mut open) = (None, false);
         for p in &self.partitions {
             match p.stream {
                 Stream::Impressions if p.awaited() => limits.impressions = limits.impressions.min(p.watermark.0),
                 Stream::Clicks => {
-                    any_click = any_click.max(Some(p.watermark.0));
+                    furthest = furthest.max(Some(p.real));
+                    open |= !matches!(p.attention(), Attention::Ended | Attention::Waived);
                     if p.awaited() {
                         limits.clicks = limits.clicks.min(p.watermark.0);
                     }
@@ -673,7 +1001,7 @@ impl Merge {
         }
         if self.quiet {
             limits.clicks = Time::MAX;
-        } else if let Some(furthest) = any_click {
+        } else if let Some(furthest) = furthest.filter(|_| open) {
             // The click stream as a whole is always awaited: one partition must itself have gone past the window.
             limits.clicks = limits.clicks.min(furthest);
         }
@@ -714,6 +1042,11 @@ impl Merge {
                 unreachable!("a click partition")
             };
             let click = clicks.pop().expect("its head was just seen");
+            self.partitions[partition].heard.clicks += 1;
+            self.heard += 1;
+            if self.heard >= MEMORY {
+                self.forget_half();
+            }
             self.next_click = self.smallest(Stream::Clicks);
             return Step::Click(click);
         }
@@ -728,6 +1061,12 @@ impl Merge {
         self.last = Some(released);
         self.next_impression = self.smallest(Stream::Impressions);
         Step::Impression(released)
+    }
+
+    /// Halves what is remembered of the shares of click partitions.
+    fn forget_half(&mut self) {
+        self.partitions.iter_mut().for_each(|p| p.heard.clicks /= 2);
+        self.heard = self.partitions.iter().map(|p| p.heard.clicks).sum();
     }
 
     /// Where the click log ends, if all of it has ended: windows that reach this time are cut.
@@ -764,30 +1103,38 @@ impl Merge {
                 awaited.filter(move |(_, p)| p.stream == stream && p.awaited() && !p.ended && p.watermark.0 <= need);
             awaited.map(|(index, p)| (p.watermark.0, index)).min()
         };
+        let why = |click: usize| match &self.partitions[click] {
+            p if p.attention() == Attention::Stalled => WaitReason::ClickStalled,
+            p if p.silent => WaitReason::ClickSilence,
+            _ => WaitReason::Clicks,
+        };
         if let Some((watermark, index)) = behind(Stream::Impressions, time) {
             let clicks = behind(Stream::Clicks, time.plus(self.rules.window));
             // Both may be behind; the one that lacks more goes first, counted from its own need.
             return match clicks.filter(|_| candidate) {
                 Some((click, at)) if click.minus(self.rules.window) < watermark => {
-                    Ready::Wait { on: Some(at), why: WaitReason::Clicks }
+                    Ready::Wait { on: Some(at), why: why(at) }
                 }
                 _ => Ready::Wait { on: Some(index), why: WaitReason::Impressions },
             };
         }
         match behind(Stream::Clicks, time.plus(self.rules.window)) {
-            Some((_, index)) => Ready::Wait { on: Some(index), why: WaitReason::Clicks },
+            Some((_, index)) => Ready::Wait { on: Some(index), why: why(index) },
             None => Ready::Wait { on: None, why: WaitReason::ClickSilence },
         }
     }
 
-    /// Whether a partition that is not awaited should be looked at: always, but clicks no further than is needed.
+    /// Whether a partition should be looked at although nobody waits for it just now: one that is not awaited, but clicks no
+    /// further than is needed; and clicks, up to a bound, where the silence of another partition of theirs is to be judged.
     #[must_use]
     pub fn wants(&self, partition: usize) -> bool {
         let p = &self.partitions[partition];
-        if p.ended || p.awaited() {
+        if p.ended {
             return false;
         }
         match (p.stream, self.next_impression) {
+            (Stream::Clicks, _) if self.look && self.clicks_ahead() < LOOK_AHEAD => true,
+            _ if p.awaited() => false,
             (Stream::Impressions, _) | (Stream::Clicks, None) => true,
             (Stream::Clicks, Some((_, time))) => p.real <= time.plus(self.rules.window),
         }
@@ -854,7 +1201,8 @@ impl Merge {
                 Stream::Impressions => boundary,
                 Stream::Clicks => (p.read, p.watermark_now()),
             };
-            PartitionPosition { name: p.name.clone(), stream: p.stream, from, watermark, read: p.known_or_read() }
+            let (name, read) = (p.name.clone(), p.known_or_read());
+            PartitionPosition { name, stream: p.stream, from, watermark, read, heard: p.heard }
         })
         .collect()
     }

@@ -6,10 +6,12 @@
 
 mod frontier;
 mod reorder;
+mod silence;
 mod watermark;
 
 pub use frontier::{
-    Click, Decision, Held, JournalEntry, Key, Merge, PartitionPosition, ReadCounts, Ready, Rejected, Released,
-    Rewritten, Rules, Step, StreamRules, WaitReason,
+    Attention, Click, Decision, Held, JournalEntry, Key, Merge, PartitionPosition, ReadCounts, Ready, Rejected,
+    Released, Rewritten, Rules, Step, StreamRules, WaitReason,
 };
+pub use silence::{Heard, Silence};
 pub use watermark::{Bounds, Placing, Watermark};

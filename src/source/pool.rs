@@ -104,6 +104,12 @@ impl Partition {
         if self.over || !self.queue.has_news() { None } else { self.take(Duration::ZERO) }
     }
 
+    /// Whether something has been read of the log that was not taken yet, decoded or not.
+    #[must_use]
+    pub fn has_more(&self) -> bool {
+        !self.over && !lock(&self.queue.state).waiting.is_empty()
+    }
+
     fn take(&mut self, timeout: Duration) -> Option<Arrival> {
         if self.over {
             return None;

@@ -7,9 +7,12 @@ use serde::{Deserialize, Serialize};
 
 use super::progressive::Progressive;
 use crate::batch::Cutter;
-use crate::event::{Chunk, Example, Kind, Slot, Time};
+use crate::event::{Chunk, Example, Kind, Slot, Stream, Time};
+use crate::join::fuse::{self, Fuse, Jump, Tally};
 use crate::join::{self, Join, Label, Segment, Verdict};
-use crate::merge::{Click, JournalEntry, Key, Merge, PartitionPosition, Ready, Rewritten, Step, WaitReason};
+use crate::merge::{
+    Click, Decision, JournalEntry, Key, Merge, PartitionPosition, ReadCounts, Ready, Rewritten, Step, WaitReason,
+};
 use crate::model::logistic::{self, Logistic, Outcome};
 use crate::position::NextOffset;
 
@@ -46,6 +49,9 @@ pub enum Advance {
     /// log, or a batch that only the end of the input closes. The image of the last boundary is the one to resume from.
     /// Said once.
     Unfinished,
+    /// The click-through rate of the open batch is not believed, and nothing of the batch is applied. Said until the
+    /// batch is accepted or the core is [rewound](Core::rewind).
+    Held,
     /// Nothing can be released; see [`Step::Wait`].
     Wait { on: Option<usize>, why: WaitReason },
     /// Bounded input: all has been released and learned.
@@ -87,6 +93,18 @@ pub struct Prediction {
     pub positive: bool,
 }
 
+/// A batch that is held, or that is labelled anew because it was.
+#[derive(Clone, Debug)]
+pub struct Held {
+    /// The batch's first impression.
+    pub first: Key,
+    pub jump: Jump,
+    /// Click partitions that it was labelled without: it is labelled anew when they speak. None: its labels are final.
+    pub unheard: Vec<usize>,
+    /// It stands there as it was labelled; else it was given back and is being labelled anew.
+    pub formed: bool,
+}
+
 /// How many golden examples the core keeps ready.
 const GOLDEN: usize = 14;
 
@@ -116,6 +134,8 @@ pub struct Image {
     pub seen: Vec<Arc<Segment>>,
     pub counts: join::Counts,
     pub delays: join::DelayCurve,
+    /// What the fuse knows of click-through rates.
+    pub fuse: fuse::State,
     /// What [`Progressive::export`] gave.
     pub progress: Vec<u64>,
     pub model: logistic::Image,
@@ -140,11 +160,28 @@ pub struct Core {
     /// Smallest (offset, row) released since the boundary, by partition.
     since: Vec<Option<(u64, u32)>>,
     released_since: u64,
+    fuse: Fuse,
+    open: Open,
+    held: Option<Held>,
+    /// An operator accepted the open batch, which ends here.
+    closing: bool,
+    /// Journal entries and records read at the boundary.
+    journaled: usize,
+    read: ReadCounts,
     unfinished: bool,
     keep_predictions: bool,
     predictions: Vec<Prediction>,
     quarantined: Vec<Quarantined>,
     golden: VecDeque<Vec<Slot>>,
+}
+
+/// What the fuse must know of the open batch.
+#[derive(Clone, Copy, Debug, Default)]
+struct Open {
+    first: Option<Key>,
+    labelled: Tally,
+    /// Some window reached past the end of the click log.
+    cut: bool,
 }
 
 impl Core {
@@ -154,10 +191,11 @@ impl Core {
         join: Join,
         cutter: Cutter,
         sampling: Sampling,
-        window: i64,
+        fuse: Fuse,
         model: Logistic,
         progress: Progressive,
     ) -> Self {
+        let window = join.rules().window;
         Self {
             merge,
             join,
@@ -174,6 +212,12 @@ impl Core {
             positions: Vec::new(),
             since: Vec::new(),
             released_since: 0,
+            fuse,
+            open: Open::default(),
+            held: None,
+            closing: false,
+            journaled: 0,
+            read: ReadCounts::default(),
             unfinished: false,
             keep_predictions: false,
             predictions: Vec::new(),
@@ -196,8 +240,100 @@ impl Core {
         let join = join::Image { clicks: Vec::new(), seen: image.seen, counts: image.counts, delays: image.delays };
         self.join.restore(join, placed.into_iter());
         self.cutter.resume(frontier.map(|key| key.time));
+        self.fuse.restore(image.fuse);
         self.place = image.place;
+        self.mark();
+    }
+
+    /// Where [`Core::rewind`] goes back to.
+    fn mark(&mut self) {
         self.merge.positions(&mut self.positions);
+        self.since.fill(None);
+        self.released_since = 0;
+        self.open = Open::default();
+        self.journaled = self.merge.journal().len();
+        self.read = self.merge.counts();
+    }
+
+    /// Goes back to the last batch boundary as if nothing had been read since: what a held batch was labelled with is
+    /// forgotten, and the click partitions that it was labelled without are awaited. Returns where to read on.
+    pub fn rewind(&mut self) -> Vec<PartitionPosition> {
+        let join = self.join.at_boundary();
+        let mut clicks = join.clicks;
+        clicks.extend(self.merge.waiting_clicks().copied());
+        let mut partitions = self.merge.checkpoint(&self.positions);
+        let boundary =
+            |partition: usize| self.positions.get(partition).copied().unwrap_or((NextOffset::default(), Time::MIN));
+        for (index, position) in partitions.iter_mut().enumerate().filter(|(_, p)| p.stream == Stream::Clicks) {
+            (position.from, position.watermark) = boundary(index);
+            position.read = position.from;
+            position.heard.silence = None;
+        }
+        clicks.retain(|click| click.offset < boundary(click.partition as usize).0.offset);
+        // What was decided about clicks since is decided anew; what is known of impressions, and what operators said, stays.
+        let stays = |entry: &&JournalEntry| {
+            let partition = entry.partition as usize;
+            let placed = matches!(entry.decision, Decision::Overtaken(_) | Decision::Rejected);
+            !placed
+                || partitions[partition].stream == Stream::Impressions
+                || entry.offset < boundary(partition).0.offset
+        };
+        let journal: Vec<JournalEntry> = self.merge.journal().iter().filter(stays).copied().collect();
+        let dropped = (self.merge.journal().len() - journal.len()) as u64;
+        let now = self.merge.counts();
+        let unread = self.merge.pending() as u64 + self.released_since;
+        let counts = ReadCounts {
+            impressions_read: now.impressions_read - unread,
+            impressions_skipped: now.impressions_skipped,
+            overtaken: now.overtaken - dropped.min(now.overtaken),
+            ..self.read
+        };
+        self.items.clear();
+        self.slots.clear();
+        self.text.clear();
+        self.merge = Merge::new(self.merge.rules());
+        self.merge.set_counts(counts);
+        self.join = Join::new(self.join.rules());
+        let (place, fuse) = (self.place.clone(), self.fuse.state());
+        let (seen, counts, delays) = (join.seen, join.counts, join.delays);
+        self.restore(Restored { place, partitions: partitions.clone(), journal, clicks, seen, counts, delays, fuse });
+        if let Some(held) = &mut self.held {
+            held.formed = false;
+            self.merge.suspect(&held.unheard);
+        }
+        partitions
+    }
+
+    /// The batch that is held, or that is being labelled anew because it was.
+    #[must_use]
+    pub fn held(&self) -> Option<&Held> {
+        self.held.as_ref()
+    }
+
+    /// Impressions that were read and wait: those of the open batch, and those that were not released.
+    #[must_use]
+    pub fn impressions_waiting(&self) -> u64 {
+        self.released_since + self.merge.pending() as u64
+    }
+
+    /// The recent click-through rate, as the fuse knows it.
+    #[must_use]
+    pub fn recent_ctr(&self) -> Option<f64> {
+        self.fuse.recent_ctr()
+    }
+
+    /// An operator's word: the held batch is to be learned. Journaled; make a checkpoint before going on, so that the word
+    /// outlives this run. Where it is labelled without some click partitions, these are not awaited until they speak.
+    /// Returns what was held, if anything.
+    pub fn accept(&mut self) -> Option<Held> {
+        let held = self.held.take()?;
+        for &partition in &held.unheard {
+            self.merge.waive(partition);
+        }
+        self.merge.accept(held.first);
+        // One that was given back is formed and judged again, and then the journal speaks for it.
+        self.closing = held.formed;
+        Some(held)
     }
 
     #[must_use]
@@ -241,6 +377,12 @@ impl Core {
 
     /// Goes on until a batch ends or nothing more can be released.
     pub fn advance(&mut self) -> Advance {
+        if std::mem::take(&mut self.closing) {
+            return self.end_batch();
+        }
+        if self.held.as_ref().is_some_and(|held| held.formed) {
+            return Advance::Held;
+        }
         loop {
             match self.merge.ready() {
                 Ready::Impression { time, cut, .. } => {
@@ -249,12 +391,10 @@ impl Core {
                         return Advance::Unfinished;
                     }
                     if self.cutter.crosses(time) && self.released_since > 0 {
-                        self.finish_batch();
-                        return Advance::Boundary;
+                        return self.end_batch();
                     }
                     if self.release(cut) {
-                        self.finish_batch();
-                        return Advance::Boundary;
+                        return self.end_batch();
                     }
                 }
                 Ready::Wait { on, why } => return Advance::Wait { on, why },
@@ -262,10 +402,7 @@ impl Core {
                     self.unfinished = true;
                     return Advance::Unfinished;
                 }
-                Ready::End if self.released_since > 0 => {
-                    self.finish_batch();
-                    return Advance::Boundary;
-                }
+                Ready::End if self.released_since > 0 => return self.end_batch(),
                 Ready::End => return Advance::End,
             }
         }
@@ -282,6 +419,8 @@ impl Core {
         };
         let key = released.key;
         self.released_since += 1;
+        self.open.first.get_or_insert(key);
+        self.open.cut |= cut;
         if self.since.len() <= key.partition as usize {
             self.since.resize(key.partition as usize + 1, None);
         }
@@ -303,6 +442,8 @@ impl Core {
         };
         let Verdict::Labelled(label) = verdict else { return false };
         let positive = label == Label::Positive;
+        self.open.labelled.impressions += 1;
+        self.open.labelled.clicks += u64::from(positive);
         if !positive && !self.sampling.keeps(key.id) {
             self.join.counts.sampled_out += 1;
             return false;
@@ -329,6 +470,27 @@ impl Core {
         self.cutter.fills()
     }
 
+    /// Ends the open batch, unless its click-through rate is not believed.
+    fn end_batch(&mut self) -> Advance {
+        let Open { first, labelled, cut } = self.open;
+        // Clicks are missing where the click log has ended, and that is known.
+        if !cut && let Some(first) = first {
+            match self.fuse.judge(labelled) {
+                None => self.fuse.learned(labelled),
+                Some(_) if self.merge.is_accepted(first) => self.fuse.accepted(labelled),
+                Some(jump) => {
+                    let through = self.merge.frontier().map_or(Time::MIN, |key| key.time.plus(self.window));
+                    let unheard = self.merge.unheard(through, self.journaled);
+                    self.held = Some(Held { first, jump, unheard, formed: true });
+                    return Advance::Held;
+                }
+            }
+        }
+        self.held = None;
+        self.finish_batch();
+        Advance::Boundary
+    }
+
     /// Scores the open batch, learns from it, and settles everything at its end.
     fn finish_batch(&mut self) {
         if !self.items.is_empty() {
@@ -337,9 +499,7 @@ impl Core {
         let frontier = self.merge.frontier().expect("something was released");
         self.place.frontier = Some(frontier);
         self.join.settle(frontier.time);
-        self.merge.positions(&mut self.positions);
-        self.since.fill(None);
-        self.released_since = 0;
+        self.mark();
     }
 
     fn learn(&mut self) {
@@ -427,6 +587,7 @@ impl Core {
             seen: join.seen,
             counts: join.counts,
             delays: join.delays,
+            fuse: self.fuse.state(),
             progress: self.progress.export(),
             model: self.model.image(),
         }
@@ -447,4 +608,5 @@ pub struct Restored {
     pub seen: Vec<Arc<Segment>>,
     pub counts: join::Counts,
     pub delays: join::DelayCurve,
+    pub fuse: fuse::State,
 }

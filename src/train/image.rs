@@ -33,6 +33,9 @@ pub struct Head {
     pub journal: Vec<JournalEntry>,
     pub counts: join::Counts,
     pub delays: join::DelayCurve,
+    /// What the fuse knows of click-through rates.
+    #[serde(default)]
+    pub fuse: join::fuse::State,
     pub periods: Vec<(u32, i64)>,
     pub features: FeatureCounts,
     /// Bytes of the predictions file that belong to this state; `None` where none is written.
@@ -182,6 +185,7 @@ pub fn read(head: &Head, arrays: &Arrays, seen: Vec<Arc<Segment>>) -> codec::Res
         seen,
         counts: head.counts,
         delays: head.delays.clone(),
+        fuse: head.fuse,
     };
     Ok((restored, model, arrays.u64s("progress")?))
 }

@@ -249,8 +249,14 @@ pub fn run(
     let training = Guarded::start("train", {
         let (progress, predictions) = (Arc::clone(&demo.tick), Some(predictions));
         move |stop| {
-            let options =
-                TrainOptions { until: Until::Stopped, follow: false, skip_lost: false, journal: None, predictions };
+            let options = TrainOptions {
+                until: Until::Stopped,
+                follow: false,
+                skip_lost: false,
+                journal: None,
+                predictions,
+                control: None,
+            };
             train::run(&checked, &options, stop, &mut Ticks(progress))
         }
     })?;
