@@ -803,6 +803,29 @@ fn a_job_begins_at_the_earliest_or_latest_record_at_a_time_or_at_given_offsets()
 }
 
 #[test]
+fn where_the_latest_record_was_is_known_after_a_kill() {
+    let (impressions, clicks) = (Topic::new("impressions", 2), Topic::new("clicks", 1));
+    let put = |range: std::ops::Range<u64>| {
+        range.for_each(|n| impressions.put((n % 2) as i32, &impression(n)));
+        impressions.flush();
+    };
+    put(0..50);
+    let job = job(&impressions, &clicks);
+    let latest = ["--set", "impressions.source.start=latest"];
+    let mut live = Live::start(&job, &[&latest[..], &LISTEN].concat());
+    metrics_of(&live);
+    wait_for("the first checkpoint", || std::fs::read_dir(job.path("checkpoints")).is_ok_and(|dir| dir.count() > 1));
+    live.child.kill().unwrap();
+    live.child.wait().unwrap();
+    put(50..120);
+    clicks.put(0, &click(300));
+    clicks.flush();
+    let end = job.train(&[&["--until-end"], &latest[..]].concat());
+    assert_eq!(end["counts"]["impressions"], 70);
+    assert_eq!(end["resumed"], true);
+}
+
+#[test]
 fn positions_are_shown_to_a_group_and_never_read_from_it() {
     let (impressions, clicks) = (Topic::new("impressions", 1), Topic::new("clicks", 1));
     for n in 0..100 {

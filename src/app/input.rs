@@ -116,6 +116,11 @@ impl Input {
         Ok(())
     }
 
+    /// Whether this run has settled where a partition starts, in a way that would come out otherwise another time.
+    pub fn starts_anywhere(&self, resumed: bool) -> bool {
+        !resumed && self.feeds.iter().any(|feed| feed.log.as_ref().is_some_and(|log| !log.starts_at_first()))
+    }
+
     /// Shows how far each partition of Kafka is behind, and warns before its log drops what was not trained. `positions` are
     /// those from which a restart would read.
     pub fn report(&mut self, positions: &[PartitionPosition]) {

@@ -121,7 +121,12 @@ pub fn run(
         core.keep_predictions();
     }
     let mut input = input::open(checked, options, &known, &mut core)?;
+    core.opened();
     let durable = keeper.as_ref().map(Keeper::durable).unwrap_or_default();
+    if let Some(keeper) = keeper.as_ref().filter(|_| input.starts_anywhere(resumed)) {
+        // Where "latest" or a time was is not found again: kept before anything is read.
+        keeper.write(core.image(), None)?;
+    }
 
     let mut job = Running {
         checked,

@@ -272,6 +272,8 @@ struct Partition {
     waived: Option<u64>,
     /// The watermark that the records alone gave, kept when the end lifts `watermark` to the end of time.
     real: Time,
+    /// Where this run began to read it, and the watermark there.
+    start: (NextOffset, Time),
 }
 
 impl Partition {
@@ -484,6 +486,7 @@ impl Merge {
             looked: false,
             waived,
             real: at.watermark,
+            start: (at.from, at.watermark),
         });
         self.heard += at.heard.clicks;
         self.refresh();
@@ -1196,7 +1199,7 @@ impl Merge {
         let both = self.partitions.iter().enumerate();
         both.map(|(index, p)| {
             // A partition that is younger than the boundary starts where it started.
-            let boundary = at_boundary.get(index).copied().unwrap_or((NextOffset::default(), Time::MIN));
+            let boundary = at_boundary.get(index).copied().unwrap_or(p.start);
             let (from, watermark) = match p.stream {
                 Stream::Impressions => boundary,
                 Stream::Clicks => (p.read, p.watermark_now()),

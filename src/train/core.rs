@@ -558,6 +558,11 @@ impl Core {
         self.text.clear();
     }
 
+    /// All partitions are open, and nothing was offered yet: a checkpoint of this moment says where each starts.
+    pub fn opened(&mut self) {
+        self.merge.positions(&mut self.positions);
+    }
+
     /// Where reading would start again if the run ended now, for every partition in order.
     #[must_use]
     pub fn positions(&self) -> Vec<PartitionPosition> {

@@ -171,6 +171,12 @@ impl Log {
         self.topics.topics.iter().map(count).collect()
     }
 
+    /// Whether a partition without a position is read from its first record.
+    #[must_use]
+    pub fn starts_at_first(&self) -> bool {
+        self.topics.start == Start::Earliest
+    }
+
     #[must_use]
     pub fn shard(&self) -> super::Shard {
         self.topics.shard
