@@ -528,6 +528,16 @@ impl Event {
         }
     }
 
+    /// The impression's; garbage has none.
+    #[must_use]
+    pub fn id(&self) -> Option<u64> {
+        match &self.what {
+            What::Impression { impression, .. } => Some(impression.id),
+            What::Click { id, .. } => Some(*id),
+            What::Garbage { .. } => None,
+        }
+    }
+
     /// Appends the line as it stands in the log, with its line end. About 250 bytes for an impression.
     pub fn write_line(&self, out: &mut Vec<u8>) {
         match &self.what {

@@ -9,6 +9,51 @@ use crate::join::Counts;
 use crate::merge::{Attention, ReadCounts};
 use crate::train::progressive::Metrics;
 
+/// A stage between an event and a model that has learned from it; each comes after the one above it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// A chunk of impressions or clicks was offered to the merge. What nobody needs yet is left in the log, so impressions
+    /// are consumed about when their window closes.
+    Consumed(Stream),
+    /// Impressions have met their clicks and were released, to the batch that is open.
+    Joined,
+    /// A batch was scored and learned from.
+    Learned,
+    /// A version of the model was published.
+    Published,
+    /// A node serves it.
+    Served,
+}
+
+/// Upper bounds of the histogram of [`reached`], in seconds.
+pub const AGES: [f64; 20] = [
+    0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0, 900.0, 1800.0, 3600.0,
+    21_600.0,
+];
+
+/// Name of the histogram of [`reached`].
+pub const FRESHNESS: &str = "tidemill_freshness_seconds";
+
+/// A chunk, a batch or a version has reached a stage, the newest of its records with this time (its event time, or its place
+/// in the order where it has one).
+///
+/// Of each stage there is the histogram of how old that record was at that moment, seconds, and its time, seconds since
+/// 1970: what has got stuck shows in the second alone, as `time() - tidemill_freshness_timestamp_seconds`.
+pub fn reached(stage: Stage, newest: Time, now: Time) {
+    let name = match stage {
+        Stage::Consumed(Stream::Impressions) => "consumed_impressions",
+        Stage::Consumed(Stream::Clicks) => "consumed_clicks",
+        Stage::Joined => "joined",
+        Stage::Learned => "learned",
+        Stage::Published => "published",
+        Stage::Served => "served",
+    };
+    // A client's clock may be ahead of ours.
+    let age = (now.0 - newest.0).max(0) as f64 / 1000.0;
+    histogram!(FRESHNESS, "stage" => name).record(age);
+    gauge!("tidemill_freshness_timestamp_seconds", "stage" => name).set(newest.0 as f64 / 1000.0);
+}
+
 /// A batch boundary was reached. Counts are absolute since the start of the lineage.
 pub fn boundary(counts: &Counts, read: &ReadCounts, waiting_clicks: u64, frontier: Time, batches: u64) {
     let impressions = [

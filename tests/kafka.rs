@@ -229,6 +229,74 @@ fn files_and_kafka_give_the_same_model_however_the_events_are_spread_over_partit
     }
 }
 
+/// Writes a generated stream into the topics of a job.
+fn generating(job: &Job, more: &[&str]) -> Child {
+    let mut command = Command::new(TIDEMILL);
+    command.args(["generate", "--to", "kafka", "-c"]).arg(job.path("job.toml"));
+    command.args(["--users", "500", "--items", "100", "--ctr", "0.1", "--rate", "30"]);
+    command.args(["--delay-median", "5s", "--window", "40s"]).args(more);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+#[test]
+fn a_stream_generated_into_topics_is_the_one_that_is_generated_into_files() {
+    let input = generate(IN_ORDER);
+    let files = Job::over(&input.path().join("in")).train(&["--until-end"]);
+    let (impressions, clicks) = (Topic::new("impressions", 3), Topic::new("clicks", 2));
+    let job = job(&impressions, &clicks);
+    let out = job.path("generated");
+    let more = ["--out", out.to_str().unwrap()];
+    let stats = summary(&generating(&job, &[IN_ORDER, &more].concat()).wait_with_output().unwrap());
+    let kafka = job.train(&["--until-end"]);
+    assert_eq!(kafka["counts"], files["counts"]);
+    assert_eq!(kafka["model_digest"], files["model_digest"]);
+    assert_eq!(kafka["counts"]["late"], 0, "each partition has the order of arrival");
+
+    let read = |dir: &Path, name: &str| std::fs::read_to_string(dir.join(name)).unwrap();
+    for name in ["truth.csv", "stats.json"] {
+        assert_eq!(read(&out, name), read(&input.path().join("in"), name), "{name}");
+    }
+    assert_eq!(serde_json::from_str::<Value>(&read(&out, "stats.json")).unwrap(), stats);
+    assert_eq!(std::fs::read_dir(&out).unwrap().count(), 2, "the records are in Kafka alone");
+    for (key, value, _) in [impressions.read(), clicks.read()].concat() {
+        let value: Value = serde_json::from_str(&value).unwrap();
+        assert_eq!(value["id"].as_str(), key.as_deref());
+    }
+}
+
+#[test]
+fn a_generator_that_is_stopped_has_written_what_it_says() {
+    let (impressions, clicks) = (Topic::new("impressions", 2), Topic::new("clicks", 2));
+    let job = job(&impressions, &clicks);
+    let child = generating(&job, &["-n", "100000", "--garbage", "0.01", "--speed", "50"]);
+    wait_for("the first records", || impressions.high(0) > 100 && clicks.high(0) > 10);
+    assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+    let stats = summary(&child.wait_with_output().unwrap());
+    let count = |keys: &[&str]| keys.iter().map(|key| stats[*key].as_u64().unwrap()).sum::<u64>();
+    let (shown, clicked) = (count(&["impressions", "garbage_impressions"]), count(&["clicks", "garbage_clicks"]));
+    assert!(shown < 90_000, "{stats}");
+    assert_eq!(impressions.high(0) + impressions.high(1), shown);
+    assert_eq!(clicks.high(0) + clicks.high(1), clicked);
+}
+
+#[test]
+fn a_generator_says_which_job_it_cannot_write_for() {
+    let (impressions, clicks) = (Topic::new("impressions", 1), Topic::new("clicks", 1));
+    let fails = |job: &Job, more: &[&str]| {
+        let output = generating(job, more).wait_with_output().unwrap();
+        assert!(!output.status.success());
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    says(&fails(&Job::over(Path::new("IN")), &[]), &["`impressions.source`", "\"kafka\"", "got kind = \"file\""]);
+    let two = job(&impressions, &clicks);
+    two.edit(&format!("\"{}\"]", clicks.name), &format!("\"{}\", \"more\"]", clicks.name));
+    says(&fails(&two, &[]), &["`clicks.source`", "one topic to write to", &clicks.name, "\"more\""]);
+    let gone = job(&impressions, &clicks);
+    gone.edit(&clicks.name, "no-such-topic");
+    says(&fails(&gone, &[]), &["`no-such-topic`"]);
+    says(&fails(&job(&impressions, &clicks), &["--partitions", "3"]), &["`--partitions`", "the key decides"]);
+}
+
 #[test]
 fn events_that_come_slowly_give_the_bytes_of_events_that_were_there() {
     let input = generate(IN_ORDER);

@@ -63,7 +63,7 @@ const UPWARD: &[(&str, &str, &str)] = &[
 const FOREIGN: &[(&str, &[&str])] = &[
     ("object_store", &["src/snapshot/"]),
     ("safetensors", &["src/snapshot/codec.rs"]),
-    ("futures", &["src/snapshot/store.rs"]),
+    ("futures", &["src/snapshot/store.rs", "src/source/kafka/admin.rs"]),
     ("flate2", &["src/source/file.rs", "src/cli/generate.rs"]),
     ("zstd", &["src/source/file.rs", "src/cli/generate.rs"]),
     ("clap", &["src/cli/"]),
@@ -84,7 +84,7 @@ const FOREIGN: &[(&str, &[&str])] = &[
     ("hyper", &["src/serve/http.rs"]),
     ("hyper_util", &["src/serve/http.rs"]),
     ("arc_swap", &["src/serve/reload.rs"]),
-    ("metrics_exporter_prometheus", &["src/cli/demo.rs", "src/cli/serve.rs", "src/app/exporter.rs"]),
+    ("metrics_exporter_prometheus", &["src/app/recorder.rs", "src/app/exporter.rs"]),
     ("crossbeam_channel", &["src/app/keeper.rs", "src/cli/generate.rs", "src/source/pool.rs"]),
     ("metrics", &["src/telemetry.rs"]),
     ("toml", &["src/config.rs"]),

@@ -292,11 +292,9 @@ fn a_counting_model_shows_that_every_example_was_learned_exactly_once() {
     }
 }
 
-#[test]
-fn a_running_job_shows_its_metrics_and_they_obey_the_conservation_laws() {
+/// What a running job's `/metrics` shows once it shows all of `until`.
+fn metrics(job: &Job, until: &[&str]) -> Vec<(String, f64)> {
     use std::io::Read as _;
-    let input = generate(DISTURBED);
-    let job = Job::over(&input.path().join("in"));
     let mut child = job.command(&["--set", "telemetry.listen=\"127.0.0.1:0\""]).spawn().unwrap();
     // The log says which port it got.
     let mut log = std::io::BufReader::new(child.stderr.take().unwrap());
@@ -318,19 +316,46 @@ fn a_running_job_shows_its_metrics_and_they_obey_the_conservation_laws() {
     };
     let text = loop {
         let text = fetch();
-        if text.contains("tidemill_impressions_total") {
+        if until.iter().all(|name| text.contains(name)) {
             break text;
         }
         std::thread::sleep(Duration::from_millis(20));
     };
     child.kill().unwrap();
     child.wait().unwrap();
-    let value = |name: &str| -> f64 {
-        let line = text.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("no {name} in {text}"));
-        line.rsplit(' ').next().unwrap().parse().unwrap()
-    };
+    let series = text.lines().filter(|line| line.starts_with("tidemill_")).filter_map(|line| line.rsplit_once(' '));
+    series.map(|(name, value)| (name.to_owned(), value.parse().unwrap())).collect()
+}
+
+fn value(metrics: &[(String, f64)], name: &str) -> f64 {
+    metrics.iter().find(|(of, _)| of == name).unwrap_or_else(|| panic!("no {name} in {metrics:?}")).1
+}
+
+#[test]
+fn a_running_job_shows_its_metrics_and_they_obey_the_conservation_laws() {
+    let input = generate(DISTURBED);
+    let metrics = metrics(&Job::over(&input.path().join("in")), &["tidemill_impressions_total"]);
+    let value = |name| value(&metrics, name);
     assert_eq!(value("tidemill_conservation_gap{of=\"impressions\"}"), 0.0);
     assert_eq!(value("tidemill_conservation_gap{of=\"clicks\"}"), 0.0);
     assert!(value("tidemill_impressions_total{outcome=\"negative\"}") > 0.0);
     assert!(value("tidemill_batches_total") > 0.0);
+}
+
+#[test]
+fn a_running_job_shows_how_old_what_comes_to_each_stage_is() {
+    let input = generate(DISTURBED);
+    let stages = ["consumed_impressions", "consumed_clicks", "joined", "learned", "published"];
+    let names = stages.map(|stage| format!("tidemill_freshness_timestamp_seconds{{stage=\"{stage}\"}}"));
+    let metrics = metrics(&Job::over(&input.path().join("in")), &names.each_ref().map(String::as_str));
+    // The first impression is of 2026-01-01, the last click a few minutes later; clicks may come much later.
+    let (first, last) = (1_767_225_600.0, 1_767_225_600.0 + 3600.0);
+    let now = tidemill::clock::now().0 as f64 / 1000.0;
+    for (stage, name) in stages.iter().zip(&names) {
+        let newest = value(&metrics, name);
+        assert!((first..last).contains(&newest), "{stage}: {newest}");
+        let of = |what: &str| value(&metrics, &format!("tidemill_freshness_seconds_{what}{{stage=\"{stage}\"}}"));
+        let age = of("sum") / of("count");
+        assert!((now - last - 60.0..now - first).contains(&age), "{stage}: {age} s old");
+    }
 }

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use common::{Job, TIDEMILL, generate};
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use tidemill::event::{Chunk, Stream};
+use tidemill::event::{Chunk, Stream, Time};
 use tidemill::feature::Schema;
 use tidemill::position::Fingerprint;
 use tidemill::serve::{Node, Scorer, Settings};
@@ -121,7 +121,7 @@ impl Shop {
         let golden: Vec<_> = self.base.manifest.golden.iter().map(|g| g.slots()).collect();
         let golden: Vec<_> = golden.iter().map(|s| snapshot::Golden::new(s, weights.logit(s))).collect();
         assert!(!golden.is_empty());
-        let facts = Facts { batch: self.published, ..Facts::default() };
+        let facts = Facts { batch: self.published, frontier_time: Some(Time(1_767_225_600_000)), ..Facts::default() };
         let published = block_on(self.publisher.as_mut().unwrap().publish(&weights, facts, &golden)).unwrap();
         let Outcome::Published(version) = published else { panic!("{published:?}") };
         version
@@ -510,6 +510,8 @@ fn while_the_store_is_away_serving_goes_on_and_then_catches_up() {
     assert_eq!(ready["ready"], json!(true));
     assert!(ready["reasons"][0].as_str().unwrap().contains("does not answer since"), "{ready}");
     assert_eq!(serving.metric("tidemill_serve_store_away"), 1.0);
+    let frontier = serving.metric("tidemill_serve_frontier_timestamp_seconds");
+    assert_eq!(serving.metric("tidemill_freshness_timestamp_seconds{stage=\"served\"}"), frontier);
     assert_eq!(serving.score(body), before);
 
     // Another node starts meanwhile: from its copy.

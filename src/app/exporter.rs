@@ -9,7 +9,6 @@ use axum::extract::State;
 use axum::http::{StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use metrics_exporter_prometheus::PrometheusBuilder;
 use serde_json::{Value, json};
 
 use super::control::{Command, Control};
@@ -36,7 +35,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Collects the process's metrics from now on and shows them until it ends, and lets operators speak to the job through
 /// `control`. Returns the address, whose port is a free one where `listen` has port 0.
 pub fn start(listen: SocketAddr, control: Arc<Control>) -> Result<SocketAddr, Error> {
-    let recorder = PrometheusBuilder::new().install_recorder()?;
+    let recorder = super::recorder::install()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::Thread)?;
     let refused = |source| Error::Listen { listen, source };
     let socket = runtime.block_on(tokio::net::TcpListener::bind(listen)).map_err(refused)?;

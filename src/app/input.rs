@@ -8,16 +8,17 @@ use std::time::{Duration, Instant};
 use super::dead_letters::DeadLetters;
 use super::job::{Error, Options};
 use super::keeper::Durable;
+use crate::clock;
 use crate::config::{self, Checked, StreamSettings};
-use crate::event::{Stream, Time};
+use crate::event::{Kind, Stream, Time};
 use crate::merge::{Heard, JournalEntry, PartitionPosition};
 use crate::position::NextOffset;
 use crate::snapshot::manifest::{Document as _, Facts, Manifest};
 use crate::source::decode::Decoder;
 use crate::source::kafka::{Log, PartitionState};
 use crate::source::{self, Arrival, Decode, NewDecoder, Origin, Partition, Recycler, Sources, file};
+use crate::telemetry::{self, Stage};
 use crate::train::core::Core;
-use crate::{clock, telemetry};
 
 /// The sources of a job: partitions of both streams in the order of the checkpoint, then of the config.
 pub struct Input {
@@ -375,7 +376,12 @@ fn accept(core: &mut Core, partition: usize, arrival: Arrival, dead: &mut DeadLe
             if !chunk.rejects.is_empty() {
                 dead.keep_rejects(core.merge(), partition, &chunk)?;
             }
-            core.offer(partition, chunk, clock::now())?;
+            let now = clock::now();
+            // The last record is about the newest.
+            if let Some(last) = chunk.records.iter().rfind(|record| record.kind != Kind::Rejected) {
+                telemetry::reached(Stage::Consumed(core.merge().stream(partition)), last.event_time, now);
+            }
+            core.offer(partition, chunk, now)?;
         }
         Arrival::CaughtUp { .. } => core.merge_mut().caught_up(partition, clock::now()),
         Arrival::Unconfirmed => core.merge_mut().unconfirmed(partition),

@@ -10,6 +10,8 @@ pub mod keeper;
 pub mod operator;
 pub mod predictions;
 pub mod publisher;
+pub mod recorder;
 pub mod replay;
 pub mod summary;
+pub mod topics;
 pub mod train;

@@ -11,7 +11,7 @@ use crate::snapshot::manifest::PartitionPosition;
 use crate::snapshot::publish::Plan;
 use crate::snapshot::retain::retain;
 use crate::snapshot::{self, Facts, Golden, ModelInfo, Outcome, Publisher, Remedy, Store, Version, Weights};
-use crate::telemetry;
+use crate::telemetry::{self, Stage};
 use crate::train::core::Image;
 use crate::train::image::{self, Digests};
 use crate::train::progressive;
@@ -179,6 +179,9 @@ impl Worker {
                 Ok(Outcome::Published(version)) => {
                     state.last = Some(version);
                     telemetry::published(version.0);
+                    if let Some(frontier) = job.image.place.frontier {
+                        telemetry::reached(Stage::Published, frontier.time, clock::now());
+                    }
                 }
                 Ok(Outcome::Behind { newest }) => {
                     tracing::info!(newest = newest.0, "this stretch is already published; waiting until it is passed");

@@ -15,13 +15,14 @@ use super::publisher::{Handle, Job};
 pub use super::summary::Summary;
 use super::summary::{Run, summary};
 use crate::batch::Cutter;
+use crate::clock;
 use crate::config::Checked;
 use crate::event::Time;
 use crate::join::Join;
 use crate::join::fuse::Fuse;
-use crate::merge::{self, Merge, PartitionPosition, WaitReason};
+use crate::merge::{self, Key, Merge, PartitionPosition, WaitReason};
 use crate::model::logistic::Logistic;
-use crate::telemetry;
+use crate::telemetry::{self, Stage};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::core::{Advance, Core, Sampling};
 use crate::train::image::{self, FORMAT, Head};
@@ -146,10 +147,13 @@ pub fn run(
     let mut desk = Desk::new(&config.job.name, options.control.clone());
     let mut jumped = None;
     let mut peak_pending = 0;
+    let mut fresh = Freshness { joined: core.merge().frontier() };
     let ended = loop {
         match core.advance() {
             Advance::Boundary => {
                 desk.note(None, &core);
+                fresh.joined(&core);
+                fresh.learned(&core);
                 peak_pending = peak_pending.max(core.merge().pending());
                 while let Some(chunk) = core.merge_mut().take_recycled() {
                     input.recycler.give(chunk);
@@ -186,6 +190,7 @@ pub fn run(
             }
             Advance::Wait { on, why } => {
                 desk.note(Some(why), &core);
+                fresh.joined(&core);
                 input::pump(&mut core, &mut input, on, &mut dead)?;
             }
             Advance::End => break true,
@@ -239,6 +244,29 @@ pub fn run(
 
 /// How long a held job waits before it looks again whether an operator has spoken.
 const HELD: Duration = Duration::from_millis(20);
+
+/// Shows how old what the core works on is, at the moments when it comes back: nothing of it is learned from.
+struct Freshness {
+    /// The last that was shown.
+    joined: Option<Key>,
+}
+
+impl Freshness {
+    /// All that could be released was, or a batch has ended.
+    fn joined(&mut self, core: &Core) {
+        if let Some(frontier) = core.merge().frontier()
+            && self.joined.replace(frontier) != Some(frontier)
+        {
+            telemetry::reached(Stage::Joined, frontier.time, clock::now());
+        }
+    }
+
+    fn learned(&self, core: &Core) {
+        if let Some(frontier) = core.place().frontier {
+            telemetry::reached(Stage::Learned, frontier.time, clock::now());
+        }
+    }
+}
 
 /// Reads the head of a checkpoint and refuses one that was made under other settings, naming each.
 pub fn read_head(head: &serde_json::Value, dir: &Path, checked: &Checked) -> Result<Head, Error> {

@@ -9,16 +9,17 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use humantime_serde::re::humantime;
-use metrics_exporter_prometheus::PrometheusBuilder;
 
 use crate::app::demo::{self, Figures, Input, Options, Phase, Report, View, thousands};
+use crate::app::recorder;
 use crate::config::Config;
 
 /// Demo: watch impressions and clicks become a fresh model that answers requests
 ///
 /// Writes a live stream into files, trains on it, publishes every two seconds, serves, and sends requests all the time,
 /// all in this process and in one directory. Ends by itself with a list of promises; the exit code is 1 if one broke.
-/// With --data it does the same on real event files, replayed at a multiple of their speed.
+/// With --data it does the same on real event files, replayed at a multiple of their speed; with --kafka the log is in topics
+/// of a Kafka rather than in files.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Demo {
     /// How long it is live.
@@ -45,6 +46,10 @@ pub struct Demo {
     /// With --data: so many times as fast as it happened. Default: so that all of it fits into --seconds.
     #[arg(long, value_parser = positive, requires = "data")]
     pub speed: Option<f64>,
+    /// Write to Kafka and read from there, at these brokers (several separated by commas): into two topics of its own, which
+    /// it makes and deletes. With --config, `kafka.properties` of the file say how they are reached.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub kafka: Option<String>,
     /// Requests a second.
     #[arg(long, default_value_t = 100.0, value_parser = positive)]
     pub requests: f64,
@@ -70,15 +75,12 @@ fn positive(text: &str) -> Result<f64, String> {
     }
 }
 
-/// Upper bounds of the latency histogram, in seconds.
-const LATENCIES: [f64; 12] = [1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0];
-
 impl Demo {
     pub fn run(self) -> anyhow::Result<()> {
         let (dir, mut temporary) = self.directory()?;
         log_to(&dir.join("demo.log"))?;
         let options = self.options(dir.clone())?;
-        let metrics = PrometheusBuilder::new().set_buckets(&LATENCIES)?.install_recorder()?;
+        let metrics = recorder::install()?;
         let stop = super::train::stop_on_signal()?;
         let mut screen = Screen::new(&options, self.json);
         screen.begin(&dir, temporary.is_some() && !self.keep)?;
@@ -122,7 +124,8 @@ impl Demo {
             _ => Input::Generated { rate: self.rate, history: *self.history, seed: self.seed },
         };
         let length = Duration::from_secs(self.seconds);
-        Ok(Options { length, dir, input, requests: self.requests, candidates: self.candidates as usize })
+        let (kafka, requests, candidates) = (self.kafka.clone(), self.requests, self.candidates as usize);
+        Ok(Options { length, dir, input, kafka, requests, candidates })
     }
 
     /// An empty directory, and its guard if it is to be removed.
@@ -189,10 +192,16 @@ impl Screen {
         };
         let style = match terminal_size() {
             _ if json => Style::Nothing,
-            Some((rows, columns)) if rows > PANEL + 6 && columns >= 60 => Style::Panel { width: columns.min(100) },
+            Some((rows, columns)) if rows > PANEL + 6 + 2 * usize::from(options.kafka.is_some()) && columns >= 60 => {
+                Style::Panel { width: columns.min(100) }
+            }
             _ => Style::Lines,
         };
-        Self { style, intro: vec![intro], last: None, drawn: 0 }
+        let kafka = options.kafka.as_ref();
+        let intro = std::iter::once(intro).chain(
+            kafka.map(|brokers| format!("The log is two topics of the Kafka at {brokers}, deleted at the end.")),
+        );
+        Self { style, intro: intro.collect(), last: None, drawn: 0 }
     }
 
     fn colours(&self) -> bool {
@@ -291,7 +300,7 @@ impl Paint {
     }
 }
 
-/// Lines of the panel.
+/// Lines of the panel; one more where the log is in Kafka.
 const PANEL: usize = 18;
 /// Cells of a bar.
 const BAR: usize = 24;
@@ -338,6 +347,10 @@ fn panel(v: &View, width: usize, paint: Paint) -> Vec<String> {
     } else {
         format!("{more}{}", paint.dim(format!("replayed at {} times their speed", thousands(v.speed.round() as u64))))
     });
+    if let Some(kafka) = &v.kafka {
+        let at = format!("in Kafka at {}: {}", kafka.brokers, kafka.short());
+        lines.push(format!("{more}{}", paint.cyan(shortened(&at, width.saturating_sub(more.len() + 1)))));
+    }
     lines.push(format!(
         "{}{:>9} impressions {}   {:>8} wait for their window",
         label("trained"),
@@ -531,7 +544,11 @@ fn verdict(report: &Report, left: bool, colours: bool) -> io::Result<()> {
         writeln!(out, "         left in {dir}; look into it by")?;
         writeln!(out, "           tidemill snapshots list --store {dir}/snapshots")?;
     } else {
-        writeln!(out, "         --keep leaves log, config, model and snapshots to look into")?;
+        let log = if report.last.kafka.is_some() { "" } else { "log, " };
+        writeln!(out, "         --keep leaves {log}config, model and snapshots to look into")?;
+    }
+    if let Some(why) = &report.topics_left {
+        writeln!(out, "         {} {why}", paint.red("its topics were not deleted:"))?;
     }
     let broken = report.promises.iter().filter(|promise| promise.kept == Some(false)).count();
     let judged = report.promises.iter().filter(|promise| promise.kept.is_some()).count();
@@ -543,6 +560,14 @@ fn verdict(report: &Report, left: bool, colours: bool) -> io::Result<()> {
         _ => paint.red(format!("{broken} of {} promises broke.", report.promises.len())),
     };
     writeln!(out, "\n {last}")
+}
+
+/// As much of a text as there is room for.
+fn shortened(text: &str, room: usize) -> String {
+    match text.char_indices().nth(room) {
+        None => text.to_owned(),
+        Some(_) => text.chars().take(room.saturating_sub(1)).chain(['…']).collect(),
+    }
 }
 
 /// Minutes and seconds.
@@ -606,6 +631,7 @@ mod tests {
             dir: "/tmp/tidemill-demo-abcdef".into(),
             url: "http://127.0.0.1:65535".into(),
             generated: true,
+            kafka: None,
             speed: 1.0,
             impressions_written: 999_999,
             clicks_written: 999_999,
@@ -636,9 +662,15 @@ mod tests {
             latency_p50_ms: Some(0.4),
             latency_p99_ms: Some(12.3),
         };
-        for width in [80, 100, 80, 100] {
+        let kafka = demo::InKafka {
+            brokers: "kafka-1.example.com:9092,kafka-2.example.com:9092".into(),
+            topics: ["impressions", "clicks"].map(|stream| format!("tidemill-demo-1767225600000-4711-{stream}")).into(),
+        };
+        for (width, kafka) in [(80, None), (100, Some(kafka.clone())), (80, Some(kafka)), (100, None)] {
+            view.kafka = kafka;
             let lines = panel(&view, width, Paint(false));
-            assert_eq!(lines.len(), PANEL);
+            assert_eq!(lines.len(), PANEL + usize::from(view.kafka.is_some()));
+            assert_eq!(lines.concat().contains("in Kafka at kafka-1.example.com:9092"), view.kafka.is_some());
             assert!(lines.iter().all(|line| line.chars().count() <= width), "{}", lines.join("\n"));
             assert!(!lines.concat().contains('\x1b'));
             if width == 100 {

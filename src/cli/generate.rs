@@ -1,14 +1,19 @@
-//! `tidemill generate`: writes a synthetic stream with a known truth to a directory.
+//! `tidemill generate`: writes a synthetic stream with a known truth to a directory or to Kafka.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use anyhow::Context as _;
+use crossbeam_channel::Sender;
 
 use humantime_serde::re::humantime::Duration;
 
+use super::ConfigArgs;
+use super::replay::parse_speed;
+use crate::app::topics::{Pace, Speed, Ticker, Topics};
 use crate::event::{Stream, Time};
 use crate::generate::{Generator, Settings, Stats, What, write_hex};
 
@@ -17,11 +22,26 @@ use crate::generate::{Generator, Settings, Stats, What, write_hex};
 /// Writes `impressions-NNN.jsonl` and `clicks-NNN.jsonl` (lines in order of arrival), `truth.csv` (id, p = probability of
 /// a click inside the window, y = was there one) and `stats.json` (counts, best reachable log loss and AUC) to --out.
 /// Same options, same bytes, on every machine.
+///
+/// With `--to kafka` impressions and clicks go to the topics of the job that -c names, in order of arrival; the key of a
+/// message is the impression's id, its timestamp the moment of writing. What else there is goes to --out, if it is given.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Generate {
     /// Directory to write to; made if it is not there, refused if it holds a generated stream.
-    #[arg(long, value_name = "DIR")]
-    pub out: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "to", required_if_eq("to", "files"))]
+    pub out: Option<PathBuf>,
+    /// Where impressions and clicks go. Default: files.
+    #[arg(long)]
+    pub to: Option<To>,
+    /// With `--to kafka`: configuration of the job whose topics are written to.
+    #[arg(short, long, value_name = "FILE", required_if_eq("to", "kafka"))]
+    pub config: Option<PathBuf>,
+    /// With --config: lay a setting over the file. May be given often.
+    #[arg(long = "set", value_name = "KEY=VALUE", requires = "config")]
+    pub set: Vec<String>,
+    /// With `--to kafka`: `max`: as fast as the brokers take it; 1: as it happens; 60: a minute a second.
+    #[arg(long, value_name = "N", default_value = "max", value_parser = parse_speed, requires = "config")]
+    pub speed: Speed,
     /// Seed of everything.
     #[arg(long, default_value_t = Settings::default().seed)]
     pub seed: u64,
@@ -76,7 +96,7 @@ pub struct Generate {
     /// Share of lines that cannot be read as a record.
     #[arg(long, default_value_t = Settings::default().garbage)]
     pub garbage: f64,
-    /// Files per stream; a user's records share one.
+    /// Files per stream; a user's records share one. A topic has the partitions that it has.
     #[arg(long, default_value_t = Settings::default().partitions)]
     pub partitions: u32,
     /// Compress with zstd.
@@ -87,84 +107,105 @@ pub struct Generate {
     pub gz: bool,
 }
 
+/// Where a generated stream goes.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum To {
+    Files,
+    Kafka,
+}
+
 impl Generate {
     pub fn run(self) -> anyhow::Result<()> {
-        let stats = self.write()?;
+        // A directory that is not complete is of no use, a topic is.
+        let stop = if self.to == Some(To::Kafka) { super::train::stop_on_signal()? } else { Default::default() };
+        let stats = self.write(&stop)?;
         let text = serde_json::to_string_pretty(&stats)?;
         println!("{text}");
         Ok(())
     }
 
-    /// Writes the stream and gives its statistics.
-    fn write(&self) -> anyhow::Result<Stats> {
+    /// Writes the stream, or as much of it as there is when `stop` is set, and gives its statistics.
+    fn write(&self, stop: &AtomicBool) -> anyhow::Result<Stats> {
         let settings = self.settings();
         let partitions = settings.partitions as usize;
         let mut generator = Generator::new(settings)?;
-        let stats_path = self.out.join("stats.json");
-        anyhow::ensure!(
-            !stats_path.exists(),
-            "`{}` already holds a generated stream: remove it or choose another --out",
-            self.out.display()
-        );
-        std::fs::create_dir_all(&self.out).with_context(|| format!("cannot make `{}`", self.out.display()))?;
-
-        let coding = if self.zst {
-            Coding::Zst
-        } else if self.gz {
-            Coding::Gz
-        } else {
-            Coding::Plain
-        };
+        let mut topics = self.topics()?;
         // Partition p of stream s is file s * partitions + p; the last one is the truth.
-        let mut files = Vec::new();
-        for stream in [Stream::Impressions, Stream::Clicks] {
-            for p in 0..partitions {
-                files.push(Output::create(&self.out, &format!("{}-{p:03}.jsonl", stream.name()), coding)?);
+        let mut names = Vec::new();
+        if topics.is_none() {
+            for stream in [Stream::Impressions, Stream::Clicks] {
+                names.extend((0..partitions).map(|p| format!("{}-{p:03}.jsonl", stream.name())));
             }
         }
-        files.push(Output::create(&self.out, "truth.csv", coding)?);
-        let truth = files.len() - 1;
+        let truth = names.len();
+        names.push("truth.csv".to_owned());
+        let mut files = self.out.as_ref().map(|out| Files::create(out, &names, self.coding())).transpose()?;
+        if let Some(files) = &mut files {
+            files.blocks[truth].extend_from_slice(b"id,p,y\n");
+        }
 
-        let mut blocks: Vec<Vec<u8>> = files.iter().map(|_| Vec::with_capacity(BLOCK + 1024)).collect();
-        blocks[truth].extend_from_slice(b"id,p,y\n");
-        // Compressing is slower than generating, so it has its own thread.
-        let (full, to_write) = crossbeam_channel::bounded::<(usize, Vec<u8>)>(16);
-        let writer = thread::Builder::new().name("writer".into()).spawn(move || -> anyhow::Result<()> {
-            for (at, block) in to_write {
-                files[at].write(&block)?;
-            }
-            files.into_iter().try_for_each(Output::finish)
-        })?;
-        let send = |at: usize, block: &mut Vec<u8>| {
-            full.send((at, std::mem::replace(block, Vec::with_capacity(BLOCK + 1024)))).is_ok()
-        };
-        'events: for event in generator.by_ref() {
-            let at = event.stream as usize * partitions + event.partition as usize;
-            event.write_line(&mut blocks[at]);
-            if blocks[at].len() >= BLOCK && !send(at, &mut blocks[at]) {
-                break 'events; // the writer has failed and says why below
-            }
-            if let (What::Impression { impression, truth: known }, false) = (&event.what, event.copy) {
-                let block = &mut blocks[truth];
-                write_hex(block, impression.id);
-                block.push(b',');
-                block.extend_from_slice(ryu::Buffer::new().format(known.p).as_bytes());
-                block.extend_from_slice(if known.positive { b",1\n" } else { b",0\n" });
-                if block.len() >= BLOCK && !send(truth, block) {
-                    break 'events;
+        let (mut pace, mut ticker) = (Pace::new(self.speed), Ticker::start());
+        for event in generator.by_ref() {
+            if let Some(topics) = &mut topics {
+                // What was drawn is written also when it is stopped, so that the statistics hold.
+                while !stop.load(Ordering::Relaxed) && !pace.is_due(event.arrival) {}
+                topics.write_event(&event)?;
+                if ticker.ticks() {
+                    eprintln!("{}", topics.written);
                 }
             }
+            if let Some(files) = &mut files {
+                let mut at = truth;
+                if topics.is_none() {
+                    at = event.stream as usize * partitions + event.partition as usize;
+                    event.write_line(&mut files.blocks[at]);
+                }
+                if let (What::Impression { impression, truth: known }, false) = (&event.what, event.copy) {
+                    let block = &mut files.blocks[truth];
+                    write_hex(block, impression.id);
+                    block.push(b',');
+                    block.extend_from_slice(ryu::Buffer::new().format(known.p).as_bytes());
+                    block.extend_from_slice(if known.positive { b",1\n" } else { b",0\n" });
+                }
+                if !files.pass_on(at) || !files.pass_on(truth) {
+                    break; // the writer has failed and says why below
+                }
+            }
+            if stop.load(Ordering::Relaxed) {
+                break;
+            }
         }
-        for (at, block) in blocks.iter_mut().enumerate() {
-            let _ = send(at, block); // as above
+        if let Some(topics) = &mut topics {
+            topics.flush()?;
         }
-        drop(full);
-        writer.join().map_err(|_| anyhow::anyhow!("the writer thread panicked"))??;
-
         let stats = generator.stats();
-        let text = serde_json::to_string_pretty(&stats)? + "\n";
-        std::fs::write(&stats_path, text).with_context(|| format!("cannot write `{}`", stats_path.display()))?;
+        if let Some(files) = files {
+            files.finish(&stats)?;
+        }
         Ok(stats)
+    }
+
+    /// The topics to write to, if it is to Kafka.
+    fn topics(&self) -> anyhow::Result<Option<Topics>> {
+        let (Some(To::Kafka), Some(config)) = (self.to, &self.config) else {
+            anyhow::ensure!(self.config.is_none(), "`--config` names the topics of `--to kafka`; files need none");
+            return Ok(None);
+        };
+        anyhow::ensure!(
+            self.partitions == Settings::default().partitions,
+            "`--partitions` {} is for files: in Kafka the key decides, and a topic has the partitions that it has",
+            self.partitions
+        );
+        let config = ConfigArgs { config: config.clone(), set: self.set.clone() }.load()?.check(None)?;
+        Ok(Some(Topics::open(&config, &[Stream::Impressions, Stream::Clicks], "generate")?))
+    }
+
+    fn coding(&self) -> Coding {
+        match (self.zst, self.gz) {
+            (true, _) => Coding::Zst,
+            (_, true) => Coding::Gz,
+            _ => Coding::Plain,
+        }
     }
 
     fn settings(&self) -> Settings {
@@ -191,6 +232,53 @@ impl Generate {
             garbage: self.garbage,
             partitions: self.partitions,
         }
+    }
+}
+
+/// The files of a directory, written by a thread of their own: compressing is slower than generating.
+struct Files {
+    /// By file, what was not handed over yet.
+    blocks: Vec<Vec<u8>>,
+    full: Sender<(usize, Vec<u8>)>,
+    writer: thread::JoinHandle<anyhow::Result<()>>,
+    stats: PathBuf,
+}
+
+impl Files {
+    fn create(out: &Path, names: &[String], coding: Coding) -> anyhow::Result<Self> {
+        let stats = out.join("stats.json");
+        anyhow::ensure!(
+            !stats.exists(),
+            "`{}` already holds a generated stream: remove it or choose another --out",
+            out.display()
+        );
+        std::fs::create_dir_all(out).with_context(|| format!("cannot make `{}`", out.display()))?;
+        let mut files = names.iter().map(|name| Output::create(out, name, coding)).collect::<Result<Vec<_>, _>>()?;
+        let (full, to_write) = crossbeam_channel::bounded::<(usize, Vec<u8>)>(16);
+        let writer = thread::Builder::new().name("writer".into()).spawn(move || -> anyhow::Result<()> {
+            for (at, block) in to_write {
+                files[at].write(&block)?;
+            }
+            files.into_iter().try_for_each(Output::finish)
+        })?;
+        let blocks = names.iter().map(|_| Vec::with_capacity(BLOCK + 1024)).collect();
+        Ok(Self { blocks, full, writer, stats })
+    }
+
+    /// Hands a file's block over if it is full; false if nobody takes it.
+    fn pass_on(&mut self, at: usize) -> bool {
+        let block = &mut self.blocks[at];
+        block.len() < BLOCK || self.full.send((at, std::mem::replace(block, Vec::with_capacity(BLOCK + 1024)))).is_ok()
+    }
+
+    fn finish(self, stats: &Stats) -> anyhow::Result<()> {
+        for block in self.blocks.into_iter().enumerate() {
+            let _ = self.full.send(block); // the writer says below why it takes nothing
+        }
+        drop(self.full);
+        self.writer.join().map_err(|_| anyhow::anyhow!("the writer thread panicked"))??;
+        let text = serde_json::to_string_pretty(stats)? + "\n";
+        std::fs::write(&self.stats, text).with_context(|| format!("cannot write `{}`", self.stats.display()))
     }
 }
 
@@ -283,7 +371,7 @@ mod tests {
         let out = dir.to_str().unwrap();
         let line =
             ["generate", "-n", "3000", "--partitions", "2", "--duplicates", "0.1", "--garbage", "0.05", "--out", out];
-        Line::parse_from(line.iter().chain(more)).generate.write()
+        Line::parse_from(line.iter().chain(more)).generate.write(&AtomicBool::new(false))
     }
 
     fn read(dir: &Path, name: &str) -> String {

@@ -1,7 +1,8 @@
 //! `tidemill replay`: files into topics.
 
 use super::ConfigArgs;
-use crate::app::replay::{self, Speed, Written};
+use crate::app::replay;
+use crate::app::topics::Speed;
 use crate::event::Stream;
 
 /// Write files of impressions and clicks into the Kafka topics of a job, at a chosen speed
@@ -27,7 +28,7 @@ pub struct Replay {
     pub json: bool,
 }
 
-fn parse_speed(text: &str) -> Result<Speed, String> {
+pub(super) fn parse_speed(text: &str) -> Result<Speed, String> {
     if text == "max" {
         return Ok(Speed::Max);
     }
@@ -42,16 +43,11 @@ impl Replay {
         let checked = self.config.load()?.check(None)?;
         let stop = super::train::stop_on_signal()?;
         let files = [(Stream::Impressions, self.impressions), (Stream::Clicks, self.clicks)];
-        let line = |written: &Written| {
-            let Written { impressions, clicks, without_key, .. } = written;
-            let until = written.until.map_or("-".to_owned(), |time| time.to_string());
-            format!("{impressions} impressions, {clicks} clicks, {without_key} of them without an id, to {until}")
-        };
-        let written = replay::run(&checked, &files, self.speed, &stop, |written| eprintln!("{}", line(written)))?;
+        let written = replay::run(&checked, &files, self.speed, &stop, |written| eprintln!("{written}"))?;
         if self.json {
             println!("{}", serde_json::to_string(&written)?);
         } else {
-            println!("written: {}", line(&written));
+            println!("written: {written}");
         }
         Ok(())
     }

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use metrics_exporter_prometheus::PrometheusBuilder;
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::app::recorder;
 use crate::config;
 use crate::serve::http::Server;
 use crate::serve::{Node, Settings};
@@ -27,9 +27,6 @@ pub struct Serve {
     pub set: Vec<String>,
 }
 
-/// Upper bounds of the latency histogram, in seconds.
-const LATENCIES: [f64; 14] = [5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0];
-
 /// How often the exporter tidies up when nobody reads it.
 const UPKEEP: Duration = Duration::from_secs(5);
 
@@ -37,7 +34,7 @@ impl Serve {
     pub fn run(self) -> anyhow::Result<()> {
         let settings: Settings = config::read(&self.config, &self.set)?;
         settings.check()?;
-        let metrics = PrometheusBuilder::new().set_buckets(&LATENCIES)?.install_recorder()?;
+        let metrics = recorder::install()?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (mut interrupt, mut terminate) = {
             let _guard = runtime.enter();

@@ -15,7 +15,7 @@ use super::{Error, Settings};
 use crate::clock;
 use crate::event::Time;
 use crate::snapshot::{self, Follower, Remedy, Store, Version};
-use crate::telemetry;
+use crate::telemetry::{self, Stage};
 
 /// A model that follows its channel. What serves goes on whatever the store or a new version does. Dropping it stops its
 /// thread; models that were handed out stay.
@@ -336,6 +336,9 @@ impl Worker {
         drop(status);
         self.shared.swapped.notify_all();
         telemetry::swapped(version.0, published, frontier, rows, seconds);
+        if let Some(frontier) = frontier {
+            telemetry::reached(Stage::Served, frontier, clock::now());
+        }
         tracing::info!(version = version.0, rows, seconds, from_cache, "serving");
     }
 

@@ -10,6 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::Error;
+use crate::app::topics::Topics;
 use crate::clock;
 use crate::config::Config;
 use crate::event::{Chunk, Kind, Stream, Time};
@@ -91,12 +92,42 @@ const STEP: Duration = Duration::from_millis(5);
 /// A long history is written in pieces of so many bytes.
 const BLOCK: usize = 1 << 20;
 
+/// What is written to.
+pub enum Log {
+    /// Files that grow.
+    Files(Vec<Output>),
+    Kafka(Box<Topics>),
+}
+
+impl Log {
+    /// Makes the files; nothing is written yet.
+    pub fn files(dir: &Path, names: Vec<String>) -> Result<Self, Error> {
+        let made = names.into_iter().map(|name| Output::create(dir.join(name)));
+        Ok(Self::Files(made.collect::<Result<_, _>>()?))
+    }
+
+    /// Lets readers have what was written so far. To Kafka it is on its way by itself.
+    fn flush(&mut self) -> Result<(), Error> {
+        match self {
+            Self::Files(files) => files.iter_mut().try_for_each(Output::flush),
+            Self::Kafka(_) => Ok(()),
+        }
+    }
+
+    /// Waits until all of it is written.
+    fn finish(mut self) -> Result<(), Error> {
+        self.flush()?;
+        match self {
+            Self::Files(_) => Ok(()),
+            Self::Kafka(mut topics) => Ok(topics.flush()?),
+        }
+    }
+}
+
 /// The generated stream: its event time is the clock's.
 pub struct Live {
     generator: Generator,
     next: Option<Event>,
-    /// Two of impressions, then one of clicks.
-    files: Vec<Output>,
     /// From here on nothing is history.
     began: Time,
 }
@@ -131,39 +162,40 @@ pub fn settings(seed: u64, now: Time, rate: f64, history: Duration, seconds: Dur
 }
 
 impl Live {
-    /// Makes the files; nothing is written yet.
-    pub fn new(dir: &Path, settings: Settings, began: Time) -> Result<Self, Error> {
-        let mut files = Vec::new();
-        for name in ["impressions-0.jsonl", "impressions-1.jsonl", "clicks-0.jsonl"] {
-            files.push(Output::create(dir.join(name))?);
-        }
+    pub fn new(settings: Settings, began: Time) -> Result<Self, Error> {
         let mut generator = Generator::new(settings)?;
         let next = generator.next();
-        Ok(Self { generator, next, files, began })
+        Ok(Self { generator, next, began })
+    }
+
+    /// The names of its files: two of impressions, then one of clicks.
+    pub fn names(&self) -> Vec<String> {
+        ["impressions-0.jsonl", "impressions-1.jsonl", "clicks-0.jsonl"].map(str::to_owned).into()
     }
 
     /// Writes what has arrived by now: at the first call, the history.
-    pub fn catch_up(&mut self, ledger: &Ledger) -> Result<(), Error> {
+    fn catch_up(&mut self, log: &mut Log, ledger: &Ledger) -> Result<(), Error> {
         let now = clock::now();
         while let Some(event) = self.next.filter(|event| event.arrival <= now) {
-            let at = match event.stream {
-                Stream::Impressions => event.partition as usize,
-                Stream::Clicks => PARTITIONS as usize,
+            let bytes = match log {
+                Log::Files(files) => {
+                    let at = match event.stream {
+                        Stream::Impressions => event.partition as usize,
+                        Stream::Clicks => PARTITIONS as usize,
+                    };
+                    files[at].write(|buffer| event.write_line(buffer))?
+                }
+                Log::Kafka(topics) => topics.write_event(&event)?,
             };
-            let before = self.files[at].buffer.len();
-            event.write_line(&mut self.files[at].buffer);
-            ledger.wrote(event.stream, self.files[at].buffer.len() - before);
+            ledger.wrote(event.stream, bytes);
             if event.arrival < self.began {
                 ledger.history.fetch_add(1, Ordering::Relaxed);
             }
             self.note(&event, ledger);
-            if self.files[at].buffer.len() >= BLOCK {
-                self.files[at].flush()?;
-            }
             self.next = self.generator.next();
         }
         ledger.now.store(now.0, Ordering::Relaxed);
-        self.files.iter_mut().try_for_each(Output::flush)
+        log.flush()
     }
 
     fn note(&self, event: &Event, ledger: &Ledger) {
@@ -191,12 +223,12 @@ impl Live {
     }
 
     /// Writes until `stop`.
-    pub fn run(mut self, ledger: &Ledger, stop: &AtomicBool) -> Result<(), Error> {
+    pub fn run(mut self, mut log: Log, ledger: &Ledger, stop: &AtomicBool) -> Result<(), Error> {
         while !stop.load(Ordering::Relaxed) {
-            self.catch_up(ledger)?;
+            self.catch_up(&mut log, ledger)?;
             std::thread::sleep(STEP);
         }
-        Ok(())
+        log.finish()
     }
 }
 
@@ -212,7 +244,8 @@ pub struct Replay {
 
 struct Input {
     stream: Stream,
-    output: Output,
+    /// The name of its file.
+    name: String,
     /// In the order of the log, each with the largest event time up to it and the id and time of its first record.
     lines: std::vec::IntoIter<Line>,
     next: Option<Line>,
@@ -221,13 +254,15 @@ struct Input {
 struct Line {
     due: Time,
     first: Option<(u64, Time)>,
+    /// The text of that id.
+    key: Box<[u8]>,
     text: Vec<u8>,
 }
 
 impl Replay {
-    /// Reads the files `impressions*` and `clicks*` of `data` into memory and makes their counterparts in `dir`. `speed`:
-    /// as many times as fast as they were written; none: so that all of it takes `seconds`.
-    pub fn new(data: &Path, dir: &Path, config: &Config, speed: Option<f64>, seconds: Duration) -> Result<Self, Error> {
+    /// Reads the files `impressions*` and `clicks*` of `data` into memory. `speed`: as many times as fast as they were
+    /// written; none: so that all of it takes `seconds`.
+    pub fn new(data: &Path, config: &Config, speed: Option<f64>, seconds: Duration) -> Result<Self, Error> {
         let mut inputs = Vec::new();
         let mut impressions = HashMap::new();
         let mut streams = vec![(Stream::Impressions, &config.impressions)];
@@ -238,9 +273,8 @@ impl Replay {
                 if stream == Stream::Impressions {
                     impressions.extend(lines.iter().filter_map(|line| line.first));
                 }
-                let output = Output::create(dir.join(plain_name(&path)))?;
                 let mut lines = lines.into_iter();
-                inputs.push(Input { stream, output, next: lines.next(), lines });
+                inputs.push(Input { stream, name: plain_name(&path), next: lines.next(), lines });
             }
         }
         let times = || impressions.values().copied();
@@ -252,18 +286,32 @@ impl Replay {
         Ok(Self { inputs, first, impressions, speed })
     }
 
-    /// Writes until `stop`, or until all is written and the last window has passed.
-    pub fn run(mut self, ledger: &Ledger, stop: &AtomicBool) -> Result<(), Error> {
+    /// The names of the files that are written, in the order of their inputs.
+    pub fn names(&self) -> Vec<String> {
+        self.inputs.iter().map(|input| input.name.clone()).collect()
+    }
+
+    /// Writes until `stop`, or until all is written.
+    pub fn run(mut self, mut log: Log, ledger: &Ledger, stop: &AtomicBool) -> Result<(), Error> {
         let began = clock::now();
         while !stop.load(Ordering::Relaxed) {
             let wall = clock::now();
             let now = self.first.plus(((wall.0 - began.0) as f64 * self.speed) as i64);
             let mut left = false;
-            for input in &mut self.inputs {
+            for (at, input) in self.inputs.iter_mut().enumerate() {
                 while let Some(line) = input.next.take_if(|line| line.due <= now) {
-                    input.output.buffer.extend_from_slice(&line.text);
-                    input.output.buffer.push(b'\n');
-                    ledger.wrote(input.stream, line.text.len() + 1);
+                    let bytes = match &mut log {
+                        Log::Files(files) => files[at].write(|buffer| {
+                            buffer.extend_from_slice(&line.text);
+                            buffer.push(b'\n');
+                        })?,
+                        Log::Kafka(topics) => {
+                            let key = line.first.map(|_| &*line.key);
+                            topics.write(input.stream, key, line.due, &line.text)?;
+                            line.text.len()
+                        }
+                    };
+                    ledger.wrote(input.stream, bytes);
                     if input.stream == Stream::Clicks
                         && let Some((id, click)) = line.first
                         && let Some(impression) = self.impressions.get(&id)
@@ -273,16 +321,16 @@ impl Replay {
                     }
                     input.next = input.lines.next();
                 }
-                input.output.flush()?;
                 left |= input.next.is_some();
             }
+            log.flush()?;
             ledger.now.store(now.0, Ordering::Relaxed);
             if !left {
                 break;
             }
             std::thread::sleep(STEP);
         }
-        Ok(())
+        log.finish()
     }
 }
 
@@ -315,7 +363,7 @@ fn plain_name(path: &Path) -> String {
 }
 
 fn lines(path: &Path, stream: Stream, record: &RecordSettings, longest: usize) -> Result<Vec<Line>, Error> {
-    let mut decoder = Decoder::new(stream, record, None, false)?;
+    let mut decoder = Decoder::new(stream, record, None, true)?;
     let mut chunk = Chunk::default();
     let mut due = Time::MIN;
     let read = file::first_records(path, usize::MAX, longest)?;
@@ -323,15 +371,16 @@ fn lines(path: &Path, stream: Stream, record: &RecordSettings, longest: usize) -
         chunk.clear();
         decoder.decode(&text, offset, Fingerprint::NONE, &mut chunk);
         let first = chunk.records.iter().find(|record| record.kind != Kind::Rejected);
+        let key = first.map(|record| chunk.text_of(record).into()).unwrap_or_default();
         let first = first.map(|record| (record.id, record.event_time));
         due = first.map_or(due, |(_, time)| due.max(time));
-        Line { due, first, text }
+        Line { due, first, key, text }
     };
     Ok(read.into_iter().map(line).collect())
 }
 
 /// A file that grows.
-struct Output {
+pub struct Output {
     path: PathBuf,
     file: File,
     buffer: Vec<u8>,
@@ -342,6 +391,17 @@ impl Output {
         let made = File::options().create_new(true).append(true).open(&path);
         let file = made.map_err(|source| Error::File { path: path.clone(), source })?;
         Ok(Self { path, file, buffer: Vec::new() })
+    }
+
+    /// Takes a line and gives its length, with its end.
+    fn write(&mut self, line: impl FnOnce(&mut Vec<u8>)) -> Result<usize, Error> {
+        let before = self.buffer.len();
+        line(&mut self.buffer);
+        let bytes = self.buffer.len() - before;
+        if self.buffer.len() >= BLOCK {
+            self.flush()?;
+        }
+        Ok(bytes)
     }
 
     fn flush(&mut self) -> Result<(), Error> {

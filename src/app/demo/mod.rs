@@ -1,5 +1,6 @@
-//! The whole loop in one process: a log that is being written, the real training job on it, the real serving node behind
-//! its HTTP server, and requests all the time. Nothing here is a stand-in; only the durations are short.
+//! The whole loop in one process: a log that is being written (files, or topics of a real Kafka), the real training job on
+//! it, the real serving node behind its HTTP server, and requests all the time. Nothing here is a stand-in; only the
+//! durations are short.
 
 mod feed;
 mod learning;
@@ -15,6 +16,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use crate::app::publisher::chain;
+use crate::app::topics::{self, Topics};
 use crate::app::train::{self, Options as TrainOptions, Progress, Summary, Tick, Until};
 use crate::clock;
 use crate::config::{self, Checked, Config};
@@ -22,8 +24,9 @@ use crate::event::{Stream, Time};
 use crate::serve::http::{self, Server};
 use crate::serve::{self, Model, Node, Scorer};
 use crate::snapshot::{self, Store, Version};
-use crate::source::{self, file};
-use feed::{Ledger, Live, Replay};
+use crate::source::kafka::{self, Cluster, OwnTopics};
+use crate::source::{self, Kind, file};
+use feed::{Ledger, Live, Log, Replay};
 pub use learning::Figures;
 use learning::Learning;
 use sender::{Sender, bodies, quantiles};
@@ -39,6 +42,8 @@ pub struct Options {
     /// An empty directory; all that is written goes there.
     pub dir: PathBuf,
     pub input: Input,
+    /// The log is in Kafka, at these brokers (`host:port`, several separated by commas), rather than in files.
+    pub kafka: Option<String>,
     /// Requests a second, and candidates in each.
     pub requests: f64,
     pub candidates: usize,
@@ -65,6 +70,10 @@ pub enum Error {
     Source(#[from] source::Error),
     #[error(transparent)]
     Mapping(#[from] source::decode::Error),
+    #[error(transparent)]
+    Topics(#[from] topics::Error),
+    #[error(transparent)]
+    Kafka(#[from] kafka::Error),
     #[error("the training job: {0}")]
     Train(#[from] train::Error),
     #[error(transparent)]
@@ -111,6 +120,8 @@ pub struct View {
     pub url: String,
     /// Or else replayed.
     pub generated: bool,
+    /// None: the log is files.
+    pub kafka: Option<InKafka>,
     /// How many times faster than the clock event time runs; 1 for the generated stream.
     pub speed: f64,
     pub impressions_written: u64,
@@ -153,6 +164,24 @@ pub struct View {
     pub latency_p99_ms: Option<f64>,
 }
 
+/// Where the log is in Kafka.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct InKafka {
+    pub brokers: String,
+    /// The topics, which are the demo's own: of impressions and, where there are some, of clicks.
+    pub topics: Vec<String>,
+}
+
+impl InKafka {
+    /// The topics, with what their names have in common only once.
+    #[must_use]
+    pub fn short(&self) -> String {
+        let rest = |topic: &String| topic.rsplit('-').next().unwrap_or_default().to_owned();
+        let first = self.topics.first().cloned().unwrap_or_default();
+        self.topics.iter().skip(1).fold(first, |text, topic| format!("{text}, …{}", rest(topic)))
+    }
+}
+
 /// Something that must hold.
 #[derive(Clone, Debug, Serialize)]
 pub struct Promise {
@@ -178,6 +207,8 @@ pub struct Report {
     /// Of all answers.
     pub latency_p50_ms: Option<f64>,
     pub latency_p99_ms: Option<f64>,
+    /// Why topics that the demo made are still there; none if they are gone, or were never made.
+    pub topics_left: Option<String>,
     pub training: Summary,
 }
 
@@ -203,11 +234,10 @@ pub fn run(
     let dir = &options.dir;
     let began = clock::now();
     let ledger = Arc::new(Ledger::default());
-    let parts = prepare(options, began)?;
-    let Parts { checked, source, sample, speed } = parts;
-    let generated = matches!(source, Source::Live(_));
-
     // What follows is dropped, and so stopped, in the opposite order.
+    let topics = own_topics(options, began)?;
+    let Parts { checked, source, log, sample, speed } = prepare(options, topics.as_ref(), began)?;
+    let generated = matches!(source, Source::Live(_));
     let settings = serve::Settings {
         store: text(&dir.join("snapshots")),
         poll: Duration::from_millis(200),
@@ -229,6 +259,11 @@ pub fn run(
         node,
         sender: Arc::new(Sender::new(server.address(), requests, options.requests)),
         url: format!("http://{}", server.address()),
+        kafka: options
+            .kafka
+            .clone()
+            .zip(topics.as_ref())
+            .map(|(brokers, topics)| InKafka { brokers, topics: topics.names().to_vec() }),
         speed,
         began: Instant::now(),
         served: None,
@@ -242,8 +277,8 @@ pub fn run(
     let writing = Guarded::start("feed", {
         let ledger = Arc::clone(&ledger);
         move |stop| match source {
-            Source::Live(live) => live.run(&ledger, stop),
-            Source::Replay(replay) => replay.run(&ledger, stop),
+            Source::Live(live) => live.run(log, &ledger, stop),
+            Source::Replay(replay) => replay.run(log, &ledger, stop),
         }
     })?;
     let training = Guarded::start("train", {
@@ -299,15 +334,17 @@ pub fn run(
     show(&view);
     let cut = server.drain();
     let verified = verify(dir, &demo.sender)?;
+    let topics_left = topics.and_then(|topics| topics.delete().err()).map(|error| chain(&error));
     let view = View { phase: Phase::Done, ..view };
     show(&view);
-    Ok(report(&demo, view, summary, cut, verified))
+    Ok(Report { topics_left, ..report(&demo, view, summary, cut, verified) })
 }
 
 /// What a run is made of.
 struct Parts {
     checked: Checked,
     source: Source,
+    log: Log,
     /// Impressions to make requests of.
     sample: Vec<Vec<u8>>,
     speed: f64,
@@ -320,15 +357,63 @@ enum Source {
 
 /// Lines that requests are made of.
 const SAMPLE: usize = 5000;
+/// Partitions of each topic.
+const PARTITIONS: u32 = 4;
 
-fn prepare(options: &Options, began: Time) -> Result<Parts, Error> {
+impl Options {
+    fn streams(&self) -> &'static [Stream] {
+        match &self.input {
+            Input::Files { config, .. } if config.clicks.is_none() => &[Stream::Impressions],
+            _ => &[Stream::Impressions, Stream::Clicks],
+        }
+    }
+
+    /// How Kafka is reached: with the properties that the config has for it, if there is one.
+    fn cluster(&self) -> Option<Cluster> {
+        let brokers = self.kafka.clone()?;
+        let given = match &self.input {
+            Input::Files { config, .. } => config.kafka.as_ref(),
+            Input::Generated { .. } => None,
+        };
+        let properties = given.map(|given| given.properties.clone()).unwrap_or_default();
+        Some(Cluster { brokers, group: None, refresh: Duration::from_secs(1), properties })
+    }
+}
+
+/// Makes the topics of this demo, if it is on Kafka.
+fn own_topics(options: &Options, began: Time) -> Result<Option<OwnTopics>, Error> {
+    let Some(cluster) = options.cluster() else { return Ok(None) };
+    let name = |stream: &Stream| format!("tidemill-demo-{}-{}-{}", began.0 / 1000, std::process::id(), stream.name());
+    let names: Vec<String> = options.streams().iter().map(name).collect();
+    let topics = OwnTopics::create(&cluster, &names, PARTITIONS)?;
+    tracing::info!(brokers = cluster.brokers, topics = names.join(", "), "made topics; they are deleted at the end");
+    Ok(Some(topics))
+}
+
+/// The config of the demo, with its files in `dir`, or with these topics in their place.
+fn own_config(dir: &Path, kafka: Option<(&Cluster, &OwnTopics)>) -> String {
+    let quoted = |text: &str| serde_json::to_string(text).expect("a string");
+    let mut config = CONFIG.to_owned();
+    if let Some((cluster, topics)) = kafka {
+        for (stream, topic) in [Stream::Impressions, Stream::Clicks].iter().zip(topics.names()) {
+            let (name, topic) = (stream.name(), quoted(topic));
+            let files = format!("kind = \"file\"\npaths = [\"demo/{name}-*.jsonl\"]\npoll = \"50ms\"\n");
+            debug_assert!(config.contains(&files), "configs/demo.toml has another source");
+            config = config.replace(&files, &format!("kind = \"kafka\"\ntopics = [{topic}]\n"));
+        }
+        config += &format!("\n[kafka]\nbrokers = {}\n", quoted(&cluster.brokers));
+    }
+    let here = format!("{}/", quoted(&text(dir)).trim_end_matches('"'));
+    config.replace("\"demo/", &here)
+}
+
+fn prepare(options: &Options, topics: Option<&OwnTopics>, began: Time) -> Result<Parts, Error> {
     let dir = &options.dir;
+    let cluster = options.cluster();
     let (config, source, sample, speed) = match &options.input {
         Input::Generated { rate, history, seed } => {
             let path = dir.join("demo.toml");
-            let quoted = serde_json::to_string(&text(dir)).expect("a string");
-            let here = format!("{}/", quoted.trim_end_matches('"'));
-            write(&path, CONFIG.replace("\"demo/", &here).as_bytes())?;
+            write(&path, own_config(dir, cluster.as_ref().zip(topics)).as_bytes())?;
             let settings = feed::settings(*seed, began, *rate, *history, options.length);
             let impressions = crate::generate::Generator::new(settings.clone())?
                 .filter(|event| matches!(event.what, crate::generate::What::Impression { .. }));
@@ -338,7 +423,7 @@ fn prepare(options: &Options, began: Time) -> Result<Parts, Error> {
                 line
             };
             let sample = impressions.take(SAMPLE).map(line).collect();
-            let live = Live::new(dir, settings, began)?;
+            let live = Live::new(settings, began)?;
             (Config::load(&path, &[])?, Source::Live(Box::new(live)), sample, 1.0)
         }
         Input::Files { data, config, speed } => {
@@ -346,19 +431,27 @@ fn prepare(options: &Options, began: Time) -> Result<Parts, Error> {
                 return Err(Error::Slates);
             }
             let mut config = (**config).clone();
-            let replay = Replay::new(data, dir, &config, *speed, options.length)?;
+            let replay = Replay::new(data, &config, *speed, options.length)?;
             let first = &feed::files(data, Stream::Impressions)?[0];
             let sample = file::first_records(first, SAMPLE, config.impressions.source.max_record)?;
-            let growing = |stream: Stream| source::Settings {
-                paths: vec![text(&dir.join(format!("{}*", stream.name())))],
-                poll: Duration::from_millis(50),
-                ..config.impressions.source.clone()
+            let of = |stream: Stream, given: &source::Settings| {
+                let common =
+                    source::Settings { max_record: given.max_record, queue: given.queue, ..Default::default() };
+                let topic = topics.map(|topics| topics.names()[stream as usize].clone());
+                match topic {
+                    Some(topic) => source::Settings { kind: Kind::Kafka, topics: Some(vec![topic]), ..common },
+                    None => source::Settings {
+                        paths: vec![text(&dir.join(format!("{}*", stream.name())))],
+                        poll: Duration::from_millis(50),
+                        ..common
+                    },
+                }
             };
-            let (impressions, clicks) = (growing(Stream::Impressions), growing(Stream::Clicks));
-            config.impressions.source = impressions;
-            if let Some(stream) = &mut config.clicks {
-                stream.source = clicks;
+            config.impressions.source = of(Stream::Impressions, &config.impressions.source);
+            if let Some(clicks) = &mut config.clicks {
+                clicks.source = of(Stream::Clicks, &clicks.source);
             }
+            config.kafka = cluster;
             config.checkpoint = Some(config::CheckpointSettings {
                 dir: dir.join("checkpoints"),
                 every: Duration::from_secs(10),
@@ -374,7 +467,13 @@ fn prepare(options: &Options, began: Time) -> Result<Parts, Error> {
             (config, Source::Replay(Box::new(replay)), sample, speed)
         }
     };
-    Ok(Parts { checked: config.check(None)?, source, sample, speed })
+    let checked = config.check(None)?;
+    let log = match (topics, &source) {
+        (Some(_), _) => Log::Kafka(Box::new(Topics::open(&checked, options.streams(), "demo")?)),
+        (None, Source::Live(live)) => Log::files(dir, live.names())?,
+        (None, Source::Replay(replay)) => Log::files(dir, replay.names())?,
+    };
+    Ok(Parts { checked, source, log, sample, speed })
 }
 
 fn text(path: &Path) -> String {
@@ -442,6 +541,7 @@ struct Demo<'a> {
     node: Arc<Node>,
     sender: Arc<Sender>,
     url: String,
+    kafka: Option<InKafka>,
     speed: f64,
     began: Instant,
     /// The version whose clicks were counted last.
@@ -503,6 +603,7 @@ impl Demo<'_> {
             dir: self.options.dir.clone(),
             url: self.url.clone(),
             generated: self.learning.has_truth,
+            kafka: self.kafka.clone(),
             speed: self.speed,
             impressions_written: impressions,
             clicks_written: now[1],
@@ -667,6 +768,7 @@ fn report(demo: &Demo<'_>, last: View, training: Summary, cut: usize, verified: 
         answers_compared: compared,
         latency_p50_ms: overall.map(|(p50, _)| ms(p50)),
         latency_p99_ms: overall.map(|(_, p99)| ms(p99)),
+        topics_left: None,
         training,
     }
 }

@@ -17,6 +17,7 @@
 //! Reading is pulled: a partition's reader polls its own queue of the client only while its place in the decoding queue
 //! is free, so a partition that nobody needs stands still with a bounded prefetch, and none can hold another up.
 
+mod admin;
 mod log;
 mod reader;
 mod sink;
@@ -38,6 +39,7 @@ use crate::event::Time;
 use crate::position::Fingerprint;
 use crate::source::pool::lock;
 
+pub use admin::OwnTopics;
 pub use log::{Log, PartitionState};
 pub use sink::{Header, Message, Sink};
 
@@ -159,6 +161,8 @@ pub enum Error {
     Unreachable { brokers: String, what: String, last: Option<String>, source: KafkaError },
     #[error("there is no topic `{topic}` at `{brokers}`; create it, or correct the name ({why})")]
     NoTopic { topic: String, brokers: String, why: String },
+    #[error("the topic `{topic}` cannot be {done} at `{brokers}`: {why}")]
+    Topic { topic: String, done: &'static str, brokers: String, why: String },
     #[error("`{topic}` has {partitions} partitions, none of which belongs to shard {}/{}", shard.index, shard.of)]
     EmptyShard { topic: String, partitions: usize, shard: Shard },
     #[error(
