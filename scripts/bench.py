@@ -91,7 +91,7 @@ def main():
     if binary is None or (not arguments.tidemill and "release" not in str(binary)):
         sys.exit("no release binary: run cargo build --release, or name one with --tidemill")
     settings = tomllib.loads(arguments.config.read_text())
-    base = pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target") / "bench"
+    base = quality.target() / "bench"
     plain, packed, quarter = base / "plain", base / "zst", base / "quarter"
     make_stream(binary, plain, arguments.impressions, [])
     make_stream(binary, packed, arguments.impressions, ["--zst"])

@@ -1,26 +1,27 @@
 #!/usr/bin/env bash
 # Speed, in one run on one machine, and one table of it at the end: the micro benches (cargo bench), events to weights beside Vowpal
-# Wabbit (scripts/bench.py), answers beside its daemon (scripts/bench_serve.py). The rows stay in target/bench/rows.jsonl.
+# Wabbit (scripts/bench.py), answers beside its daemon (scripts/bench_serve.py), the drain from Kafka beside a bare consumer
+# (scripts/bench_kafka.py). The rows stay in target/bench/rows.jsonl.
 #
-#   scripts/bench.sh                          all three
-#   scripts/bench.sh micro serving            some: micro, events, serving
+#   scripts/bench.sh                          all four
+#   scripts/bench.sh micro serving            some: micro, events, serving, kafka
 #   scripts/bench.sh events -- --rounds 5     of one: what comes after -- goes to its script
 #
-# Ratios count, not seconds: run it on a quiet machine and compare within one run. Takes about 15 minutes on two cores.
+# Ratios count, not seconds: run it on a quiet machine and compare within one run. Takes about 20 minutes on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 parts=()
 while [ $# -gt 0 ]; do
   case "$1" in
-    micro | events | serving) parts+=("$1") ;;
+    micro | events | serving | kafka) parts+=("$1") ;;
     --) shift && break ;;
     -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" && exit 0 ;;
     *) echo "unknown argument \`$1\`; see scripts/bench.sh --help" >&2 && exit 2 ;;
   esac
   shift
 done
-if [ ${#parts[@]} = 0 ]; then parts=(micro events serving); fi
+if [ ${#parts[@]} = 0 ]; then parts=(micro events serving kafka); fi
 if [ $# -gt 0 ] && [ ${#parts[@]} != 1 ]; then echo "arguments after -- are for one part; name it" >&2 && exit 2; fi
 
 [ -x .venv/bin/python ] || { echo "no .venv: run scripts/test.sh once, it makes it" >&2; exit 1; }
@@ -39,6 +40,10 @@ for part in "${parts[@]}"; do
     serving)
       cargo build --release --locked --bin tidemill --example load
       .venv/bin/python scripts/bench_serve.py --rows "$rows" "$@"
+      ;;
+    kafka)
+      cargo build --release --locked --bin tidemill --example drain
+      .venv/bin/python scripts/bench_kafka.py --rows "$rows" "$@"
       ;;
   esac
 done

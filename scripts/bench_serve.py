@@ -253,7 +253,7 @@ def main():
         sys.exit(f"`{generator}` is not there: run cargo build --release --example load")
     config = ROOT / "configs/generated.toml"
     settings = tomllib.loads(config.read_text())
-    base = pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target") / "bench"
+    base = quality.target() / "bench"
     plain, text = base / "plain", base / "examples.vw"
     bench.make_stream(binary, plain, arguments.impressions, [])
     bench.make_vw_text(plain, settings, text)

@@ -415,11 +415,20 @@ def compare(arguments):
     return table
 
 
+def target():
+    """Where cargo builds to."""
+    return pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target").resolve()
+
+
 def find_binary(named):
     if named:
         return pathlib.Path(named).resolve()
-    target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target")
-    return next((p for p in (target / "release/tidemill", target / "debug/tidemill") if p.is_file()), None)
+    return next((p for p in (target() / "release/tidemill", target() / "debug/tidemill") if p.is_file()), None)
+
+
+def tested_binary():
+    """What the tests run: what `cargo build` made, never an older release, or $TIDEMILL."""
+    return pathlib.Path(os.environ.get("TIDEMILL") or target() / "debug/tidemill").resolve()
 
 
 def main():

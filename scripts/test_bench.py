@@ -13,6 +13,7 @@ import tempfile
 import unittest
 
 import bench_table
+import quality
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -63,7 +64,7 @@ class Table(unittest.TestCase):
 
 class Serving(unittest.TestCase):
     def test_both_servers_answer_the_same_candidates_and_every_figure_is_there(self):
-        binary = pathlib.Path(os.environ.get("TIDEMILL") or pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target") / "debug/tidemill").resolve()
+        binary = quality.tested_binary()
         with tempfile.TemporaryDirectory() as folder:
             rows = pathlib.Path(folder) / "rows.jsonl"
             options = ["--impressions", "40000", "--candidates", "20", "--rounds", "1", "--seconds", "1", "--tidemill", binary, "--rows", rows]

@@ -7,7 +7,6 @@ Runs the binary that `cargo build` made (or $TIDEMILL). The bar is small so that
 import csv
 import json
 import math
-import os
 import pathlib
 import random
 import subprocess
@@ -67,7 +66,7 @@ class Bar(unittest.TestCase):
     """What `tidemill train` must reach with the shipped configs."""
 
     def setUp(self):
-        self.binary = os.environ.get("TIDEMILL") or quality.find_binary(None)
+        self.binary = quality.tested_binary()
         self.assertTrue(self.binary, "no tidemill binary: run cargo build")
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)

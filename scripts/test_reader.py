@@ -8,7 +8,6 @@ import csv
 import gzip
 import io
 import json
-import os
 import pathlib
 import random
 import re
@@ -19,13 +18,14 @@ import tempfile
 import unittest
 
 import numpy as np
+import quality
 import safetensors.numpy
 import xxhash
 from snapshot_reader import Refused, Snapshot
 from tidemill_encoding import ryu_text
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-BINARY = os.environ.get("TIDEMILL", ROOT / "target/debug/tidemill")
+BINARY = quality.tested_binary()
 IMPRESSIONS = ROOT / "tests/data/obd/impressions.jsonl.gz"
 SCRATCH = pathlib.Path(tempfile.mkdtemp(prefix="tidemill-reader-"))
 CHECK = 45
