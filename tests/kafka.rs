@@ -2,216 +2,25 @@
 //! env file. `scripts/test.sh` does both.
 
 mod common;
+#[path = "common/kafka.rs"]
+mod kafka;
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{Job, TIDEMILL, generate, outcome, summary};
 use futures::executor::block_on;
+use kafka::*;
 use rand_pcg::Pcg64Mcg;
 use rand_pcg::rand_core::{Rng as _, SeedableRng as _};
-use rdkafka::ClientConfig;
-use rdkafka::admin::{AdminClient, AdminOptions, NewPartitions, NewTopic, TopicReplication};
-use rdkafka::client::DefaultClientContext;
+use rdkafka::admin::{AdminOptions, NewPartitions};
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
-use rdkafka::message::{Headers as _, Message as _};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer as _};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use serde_json::{Value, json};
-
-// ---------------------------------------------------------------------------------------------------------- the broker
-
-fn variable(name: &str) -> String {
-    std::env::var(name).unwrap_or_else(|_| {
-        panic!(
-            "`{name}` is not set: these tests need a real Kafka. Run `scripts/services.sh up kafka`, then \
-             `set -a; . .services/kafka/env; set +a`; or run scripts/test.sh, which does it all"
-        )
-    })
-}
-
-fn brokers() -> String {
-    variable("TIDEMILL_TEST_KAFKA")
-}
-
-fn config() -> ClientConfig {
-    let mut config = ClientConfig::new();
-    config.set("bootstrap.servers", brokers());
-    config
-}
-
-fn admin() -> AdminClient<DefaultClientContext> {
-    config().create().unwrap()
-}
-
-/// A topic of its own for a test.
-struct Topic {
-    name: String,
-    producer: BaseProducer,
-}
-
-impl Topic {
-    fn new(what: &str, partitions: i32) -> Self {
-        Self::with(what, partitions, &[])
-    }
-
-    fn with(what: &str, partitions: i32, settings: &[(&str, &str)]) -> Self {
-        // The records of these tests are old, and retention goes by their timestamps.
-        let settings = [&[("retention.ms", "-1")], settings].concat();
-        static NUMBER: AtomicU64 = AtomicU64::new(0);
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let name = format!("{what}-{}-{number}", std::process::id());
-        create(&name, partitions, &settings);
-        Self { name, producer: config().create().unwrap() }
-    }
-
-    /// Writes a record without a key into a partition.
-    fn put(&self, partition: i32, value: &str) {
-        self.send(BaseRecord::<str, str>::to(&self.name).partition(partition).payload(value));
-    }
-
-    fn send(&self, mut record: BaseRecord<'_, str, str>) {
-        while let Err((_, back)) = self.producer.send(record) {
-            record = back;
-            self.producer.poll(Duration::from_millis(5));
-        }
-    }
-
-    fn flush(&self) {
-        self.producer.flush(Duration::from_secs(30)).unwrap();
-    }
-
-    fn high(&self, partition: i32) -> u64 {
-        let consumer: BaseConsumer = config().create().unwrap();
-        consumer.fetch_watermarks(&self.name, partition, Duration::from_secs(10)).unwrap().1 as u64
-    }
-
-    /// All records of the topic: key, value and headers.
-    fn read(&self) -> Vec<(Option<String>, String, BTreeMap<String, String>)> {
-        let consumer: BaseConsumer = config().set("group.id", "reader").create().unwrap();
-        let metadata = consumer.fetch_metadata(Some(&self.name), Duration::from_secs(10)).unwrap();
-        let mut all = TopicPartitionList::new();
-        let mut left = 0;
-        for partition in metadata.topics()[0].partitions() {
-            all.add_partition_offset(&self.name, partition.id(), Offset::Beginning).unwrap();
-            left += self.high(partition.id());
-        }
-        consumer.assign(&all).unwrap();
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        let mut records = Vec::new();
-        while (records.len() as u64) < left {
-            let message = consumer.poll(Duration::from_secs(10)).expect("the records that there are").unwrap();
-            let headers = message.headers().map(|headers| {
-                headers.iter().map(|header| (header.key.to_owned(), text(header.value.unwrap_or_default()))).collect()
-            });
-            let key = message.key().map(text);
-            records.push((key, text(message.payload().unwrap_or_default()), headers.unwrap_or_default()));
-        }
-        records
-    }
-}
-
-fn create(name: &str, partitions: i32, settings: &[(&str, &str)]) {
-    let mut topic = NewTopic::new(name, partitions, TopicReplication::Fixed(1));
-    for (key, value) in settings {
-        topic = topic.set(key, value);
-    }
-    let made = block_on(admin().create_topics([&topic], &AdminOptions::new())).unwrap();
-    assert!(made[0].is_ok(), "{made:?}");
-}
-
-fn delete(name: &str) {
-    block_on(admin().delete_topics(&[name], &AdminOptions::new())).unwrap()[0].as_ref().unwrap();
-    let consumer: BaseConsumer = config().create().unwrap();
-    wait_for("the topic to go", || {
-        let metadata = consumer.fetch_metadata(Some(name), Duration::from_secs(10)).unwrap();
-        metadata.topics()[0].partitions().is_empty()
-    });
-}
-
-/// Tells the broker to drop all records of a partition before `offset`, as retention does.
-fn drop_before(topic: &str, partition: i32, offset: u64) {
-    let mut list = TopicPartitionList::new();
-    list.add_partition_offset(topic, partition, Offset::Offset(offset as i64)).unwrap();
-    block_on(admin().delete_records(&list, &AdminOptions::new())).unwrap();
-}
-
-fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let began = Instant::now();
-    while !done() {
-        assert!(began.elapsed() < Duration::from_secs(90), "waited in vain for {what}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
-
-// ------------------------------------------------------------------------------------------------------------- the job
-
-/// A job that reads these topics.
-fn job(impressions: &Topic, clicks: &Topic) -> Job {
-    let job = Job::over(Path::new("IN"));
-    for (stream, topic) in [("impressions", impressions), ("clicks", clicks)] {
-        let topic = &topic.name;
-        job.edit(
-            &format!("source = {{ paths = [\"IN/{stream}-*\"], poll = \"10ms\" }}"),
-            &format!("source = {{ kind = \"kafka\", topics = [\"{topic}\"] }}"),
-        );
-    }
-    job.edit("[join]", &format!("[kafka]\nbrokers = \"{}\"\n[join]", brokers()));
-    job
-}
-
-const KAFKA: &str = "source = { kind = \"kafka\"";
-const ALWAYS_AWAITED: &str = "idle_after = \"never\"\nsource = { kind = \"kafka\"";
-
-/// Writes generated files into the topics of a job with `tidemill replay`, and gives what it says.
-fn replay(job: &Job, input: &Path, more: &[&str]) -> Value {
-    summary(&replaying(job, input, more).wait_with_output().unwrap())
-}
-
-fn replaying(job: &Job, input: &Path, more: &[&str]) -> Child {
-    let files = |stream: &str| format!("{}/{stream}-*", input.display());
-    let mut command = Command::new(TIDEMILL);
-    command.arg("replay").arg("-c").arg(job.path("job.toml")).arg("--json");
-    command.arg("--impressions").arg(files("impressions")).arg("--clicks").arg(files("clicks")).args(more);
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
-}
-
-const IN_ORDER: &[&str] = &["-n", "6000", "--disorder", "2s", "--duplicates", "0.02", "--orphans", "0.03"];
-const DISTURBED: &[&str] = &[
-    "-n",
-    "8000",
-    "--disorder",
-    "2s",
-    "--late",
-    "0.003",
-    "--duplicates",
-    "0.02",
-    "--orphans",
-    "0.03",
-    "--garbage",
-    "0.01",
-];
-
-/// Impressions `i0, i1, ..` one a second, each shown to another user; every tenth is clicked a second later.
-fn impression(n: u64) -> String {
-    json!({"id": format!("i{n}"), "ts": 1_767_225_600_000 + n * 1000, "user": {"id": n % 7}, "item": {"id": n % 5}})
-        .to_string()
-}
-
-fn click(n: u64) -> String {
-    json!({"id": format!("i{n}"), "ts": 1_767_225_601_000 + n * 1000}).to_string()
-}
-
-/// The messages of an error and what it says of each.
-fn says(text: &str, parts: &[&str]) {
-    for part in parts {
-        assert!(text.contains(part), "`{part}` is missing in: {text}");
-    }
-}
 
 // --------------------------------------------------------------------------------------------------------- same bytes
 
@@ -404,29 +213,6 @@ fn a_counting_model_shows_that_every_example_was_learned_exactly_once_over_kills
     let counts = &end["counts"];
     let learned = counts["positives"].as_u64().unwrap() + counts["negatives"].as_u64().unwrap();
     assert_eq!(learned, seen.len() as u64);
-}
-
-#[test]
-fn a_broker_that_dies_in_the_middle_costs_nothing() {
-    let input = generate(DISTURBED);
-    let (impressions, clicks) = (Topic::new("impressions", 2), Topic::new("clicks", 2));
-    let until = ["--until", "2026-01-01T00:03:00Z"];
-    let live = job(&impressions, &clicks);
-    live.edit(KAFKA, ALWAYS_AWAITED);
-    let following = live.command(&[&["--json", "--follow"], &until[..]].concat()).spawn().unwrap();
-    let sending = replaying(&live, &input.path().join("in"), &["--speed", "20"]);
-    std::thread::sleep(Duration::from_secs(4));
-    let restarted = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/services.sh"))
-        .args(["restart", "kafka"])
-        .stdout(Stdio::null())
-        .status()
-        .unwrap();
-    assert!(restarted.success(), "scripts/services.sh restart kafka failed");
-    summary(&sending.wait_with_output().unwrap());
-    let followed = summary(&following.wait_with_output().unwrap());
-    let again = job(&impressions, &clicks);
-    again.edit(KAFKA, ALWAYS_AWAITED);
-    assert_eq!(outcome(&followed), outcome(&again.train(&until)));
 }
 
 #[test]
