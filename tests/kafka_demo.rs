@@ -2,36 +2,23 @@
 //! kafka`, then the variables of its env file. `scripts/test.sh` does both.
 
 mod common;
+#[path = "common/kafka.rs"]
+mod kafka;
 
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::TIDEMILL;
-use rdkafka::ClientConfig;
+use kafka::{brokers, config, wait_for};
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use serde_json::Value;
 
-fn brokers() -> String {
-    std::env::var("TIDEMILL_TEST_KAFKA").expect(
-        "TIDEMILL_TEST_KAFKA is not set: these tests need a real Kafka. Run `scripts/services.sh up kafka`, then \
-         `set -a; . .services/kafka/env; set +a`; or run scripts/test.sh, which does it all",
-    )
-}
-
 /// The topics that there are, with the number of their partitions.
 fn topics() -> Vec<(String, usize)> {
-    let consumer: BaseConsumer = ClientConfig::new().set("bootstrap.servers", brokers()).create().unwrap();
+    let consumer: BaseConsumer = config().create().unwrap();
     let metadata = consumer.fetch_metadata(None, Duration::from_secs(10)).unwrap();
     metadata.topics().iter().map(|topic| (topic.name().to_owned(), topic.partitions().len())).collect()
-}
-
-fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let began = Instant::now();
-    while !done() {
-        assert!(began.elapsed() < Duration::from_secs(60), "waited in vain for {what}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
 }
 
 fn names(report: &Value) -> Vec<String> {
