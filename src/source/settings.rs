@@ -32,8 +32,8 @@ pub struct Settings {
     /// Kafka only. What a message's timestamp is: `"timestamp"` (the default), the time at which the log took the record, or
     /// `"none"`, nothing to rely on, because clients set it. `record.log_time` goes before it.
     pub log_time: Option<LogTime>,
-    /// Kafka only. Bytes that are fetched ahead for all partitions of the stream together, 1 MiB or more. Default 64 MiB
-    /// (67108864). One fetched batch a partition may come on top.
+    /// Kafka only. Bytes that are fetched ahead for all partitions of the stream together, 1 MiB or more. Default 32 MiB
+    /// (33554432). One fetched batch a partition may come on top.
     pub memory: Option<u64>,
     /// Longest record, in bytes without its line end, 1 to 1 GiB. Longer ones are rejected. Default 1 MiB (1048576).
     pub max_record: usize,
@@ -145,7 +145,7 @@ impl Settings {
             let expected = "a list of at least one topic; names are letters, digits, `.`, `_` and `-`";
             return refuse(key, "topics", expected, format!("{topics:?}"));
         }
-        let memory = self.memory.unwrap_or(64 << 20);
+        let memory = self.memory.unwrap_or(32 << 20);
         if memory < 1 << 20 {
             return refuse(key, "memory", "at least 1048576 (bytes)", memory.to_string());
         }
