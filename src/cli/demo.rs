@@ -81,7 +81,7 @@ impl Demo {
         log_to(&dir.join("demo.log"))?;
         let options = self.options(dir.clone())?;
         let metrics = recorder::install()?;
-        let stop = super::train::stop_on_signal()?;
+        let stop = super::stop_on_signal()?;
         let mut screen = Screen::new(&options, self.json);
         screen.begin(&dir, temporary.is_some() && !self.keep)?;
         let mut failed = Ok(());

@@ -12,7 +12,7 @@ use crossbeam_channel::Sender;
 use humantime_serde::re::humantime::Duration;
 
 use super::ConfigArgs;
-use super::replay::parse_speed;
+use super::{parse_speed, parse_time};
 use crate::app::topics::{Pace, Speed, Ticker, Topics};
 use crate::event::{Stream, Time};
 use crate::generate::{Generator, Settings, Stats, What, write_hex};
@@ -117,7 +117,7 @@ pub enum To {
 impl Generate {
     pub fn run(self) -> anyhow::Result<()> {
         // A directory that is not complete is of no use, a topic is.
-        let stop = if self.to == Some(To::Kafka) { super::train::stop_on_signal()? } else { Default::default() };
+        let stop = if self.to == Some(To::Kafka) { super::stop_on_signal()? } else { Default::default() };
         let stats = self.write(&stop)?;
         let text = serde_json::to_string_pretty(&stats)?;
         println!("{text}");
@@ -342,15 +342,6 @@ impl Output {
         };
         end().with_context(|| format!("cannot write `{}`", self.path.display()))
     }
-}
-
-pub(super) fn parse_time(text: &str) -> Result<Time, String> {
-    if let Ok(ms) = text.parse() {
-        return Ok(Time(ms));
-    }
-    chrono::DateTime::parse_from_rfc3339(text)
-        .map(|at| Time(at.timestamp_millis()))
-        .map_err(|why| format!("expected Unix milliseconds or RFC 3339 like 2026-01-01T00:00:00Z: {why}"))
 }
 
 #[cfg(test)]

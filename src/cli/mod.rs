@@ -11,8 +11,14 @@ pub mod train;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use anyhow::Context as _;
 use clap::{Parser, Subcommand};
+
+use crate::app::topics::Speed;
+use crate::event::Time;
 
 /// Trains a click-through model from streams of impressions and clicks, moments after they happen.
 #[derive(Parser, Debug)]
@@ -92,4 +98,51 @@ fn log_filter() -> tracing_subscriber::EnvFilter {
 fn broken_pipe(error: &anyhow::Error) -> bool {
     let io = error.chain().filter_map(|cause| cause.downcast_ref::<std::io::Error>());
     io.into_iter().any(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+/// A flag that SIGTERM and Ctrl-C set. A second signal ends the process at once.
+fn stop_on_signal() -> anyhow::Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&stop);
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start a runtime")?;
+    let (mut interrupt, mut terminate) = {
+        use tokio::signal::unix::{SignalKind, signal};
+        let _guard = runtime.enter();
+        (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        runtime.block_on(async move {
+            for _ in 0..2 {
+                tokio::select! {
+                    _ = interrupt.recv() => {}
+                    _ = terminate.recv() => {}
+                }
+                if flag.swap(true, Ordering::Relaxed) {
+                    std::process::exit(130);
+                }
+                tracing::info!("stopping: the last checkpoint and snapshot are written; a second signal ends at once");
+            }
+        });
+    })?;
+    Ok(stop)
+}
+
+fn parse_time(text: &str) -> Result<Time, String> {
+    if let Ok(ms) = text.parse() {
+        return Ok(Time(ms));
+    }
+    chrono::DateTime::parse_from_rfc3339(text)
+        .map(|at| Time(at.timestamp_millis()))
+        .map_err(|why| format!("expected Unix milliseconds or RFC 3339 like 2026-01-01T00:00:00Z: {why}"))
+}
+
+fn parse_speed(text: &str) -> Result<Speed, String> {
+    if text == "max" {
+        return Ok(Speed::Max);
+    }
+    match text.trim_end_matches('x').parse() {
+        Ok(times) if times > 0.0 && f64::is_finite(times) => Ok(Speed::Times(times)),
+        _ => Err("expected `max` or a number above 0, such as 1 or 60".into()),
+    }
 }

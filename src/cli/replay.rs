@@ -21,27 +21,17 @@ pub struct Replay {
     #[arg(long, value_name = "FILE", num_args = 1.., required_unless_present = "impressions")]
     pub clicks: Vec<String>,
     /// `max`: as fast as the brokers take it; 1: as it happened; 60: a minute a second.
-    #[arg(long, value_name = "N", default_value = "max", value_parser = parse_speed)]
+    #[arg(long, value_name = "N", default_value = "max", value_parser = super::parse_speed)]
     pub speed: Speed,
     /// Print one JSON object at the end instead of a line.
     #[arg(long)]
     pub json: bool,
 }
 
-pub(super) fn parse_speed(text: &str) -> Result<Speed, String> {
-    if text == "max" {
-        return Ok(Speed::Max);
-    }
-    match text.trim_end_matches('x').parse() {
-        Ok(times) if times > 0.0 && f64::is_finite(times) => Ok(Speed::Times(times)),
-        _ => Err("expected `max` or a number above 0, such as 1 or 60".into()),
-    }
-}
-
 impl Replay {
     pub fn run(self) -> anyhow::Result<()> {
         let checked = self.config.load()?.check(None)?;
-        let stop = super::train::stop_on_signal()?;
+        let stop = super::stop_on_signal()?;
         let files = [(Stream::Impressions, self.impressions), (Stream::Clicks, self.clicks)];
         let written = replay::run(&checked, &files, self.speed, &stop, |written| eprintln!("{written}"))?;
         if self.json {

@@ -3,10 +3,7 @@
 use std::io::{IsTerminal as _, Write as _};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-
-use anyhow::Context as _;
 
 use super::ConfigArgs;
 use crate::app::control::{Control, Why};
@@ -26,7 +23,7 @@ pub struct Train {
     #[arg(long, conflicts_with = "until")]
     pub until_end: bool,
     /// Train impressions before this time (RFC 3339 or Unix milliseconds), reading clicks one window further, then stop.
-    #[arg(long, value_name = "TIME", value_parser = super::generate::parse_time)]
+    #[arg(long, value_name = "TIME", value_parser = super::parse_time)]
     pub until: Option<Time>,
     /// With --until: wait for files to grow, rather than stop where they end.
     #[arg(long, requires = "until")]
@@ -68,7 +65,7 @@ impl Train {
             crate::app::exporter::start(listen, Arc::clone(&control))?;
             options.control = Some(control);
         }
-        let stop = stop_on_signal()?;
+        let stop = super::stop_on_signal()?;
         let mut progress = Lines::new(self.json);
         let summary = train::run(&checked, &options, &stop, &mut progress)?;
         progress.done();
@@ -85,34 +82,6 @@ impl Train {
         );
         Ok(())
     }
-}
-
-/// A flag that SIGTERM and Ctrl-C set. A second signal ends the process at once.
-pub fn stop_on_signal() -> anyhow::Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&stop);
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start a runtime")?;
-    let (mut interrupt, mut terminate) = {
-        use tokio::signal::unix::{SignalKind, signal};
-        let _guard = runtime.enter();
-        (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
-    };
-    std::thread::Builder::new().name("signals".into()).spawn(move || {
-        runtime.block_on(async move {
-            for _ in 0..2 {
-                tokio::select! {
-                    _ = interrupt.recv() => {}
-                    _ = terminate.recv() => {}
-                }
-                if flag.swap(true, Ordering::Relaxed) {
-                    std::process::exit(130);
-                }
-                tracing::info!("stopping: the last checkpoint and snapshot are written; a second signal ends at once");
-            }
-        });
-    })?;
-    Ok(stop)
 }
 
 /// Progress on stderr: one line that renews itself on a terminal, else a line every ten seconds.

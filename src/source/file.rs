@@ -27,8 +27,7 @@ use std::time::Duration;
 use memchr::{memchr, memchr_iter, memrchr};
 use xxhash_rust::xxh3::Xxh3Default;
 
-use super::pool::{self, BLOCK, Content, Desk, HEAD, Halt, Job, Queue, RECORDS, Ticket};
-use super::readers::Stop;
+use super::pool::{self, BLOCK, Content, Desk, HEAD, Halt, Job, Queue, RECORDS, Stop, Ticket};
 use super::{Arrival, Error, NewDecoder};
 use crate::event::Stream;
 use crate::position::{Fingerprint, NextOffset};

@@ -48,6 +48,26 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Tells waiting readers to end.
+#[derive(Default)]
+pub(super) struct Stop {
+    stopped: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Stop {
+    pub(super) fn now(&self) {
+        *lock(&self.stopped) = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits for `time`, less if it is stopped; says whether it is.
+    pub(super) fn within(&self, time: Duration) -> bool {
+        let wait = self.changed.wait_timeout_while(lock(&self.stopped), time, |stopped| !*stopped);
+        *wait.unwrap_or_else(PoisonError::into_inner).0
+    }
+}
+
 /// Gives used chunks back, so that their memory serves again. Clones share one store.
 #[derive(Clone, Default)]
 pub struct Recycler {

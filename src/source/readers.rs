@@ -1,12 +1,11 @@
 //! The threads that read: one a partition, and the decode workers behind them.
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
 
 use super::Error;
 use super::file::{Reader, Spec, name_of};
-use super::pool::{Desk, Partition, Pool, Queue, Recycler, lock};
+use super::pool::{Desk, Partition, Pool, Queue, Recycler, Stop};
 use crate::event::Stream;
 
 /// All threads that read and decode. Dropping it ends and joins them.
@@ -84,25 +83,5 @@ impl Drop for Sources {
             // A reader catches its own panic and has told its consumer.
             let _ = reader.join();
         }
-    }
-}
-
-/// Tells waiting readers to end.
-#[derive(Default)]
-pub(super) struct Stop {
-    stopped: Mutex<bool>,
-    changed: Condvar,
-}
-
-impl Stop {
-    fn now(&self) {
-        *lock(&self.stopped) = true;
-        self.changed.notify_all();
-    }
-
-    /// Waits for `time`, less if it is stopped; says whether it is.
-    pub(super) fn within(&self, time: Duration) -> bool {
-        let wait = self.changed.wait_timeout_while(lock(&self.stopped), time, |stopped| !*stopped);
-        *wait.unwrap_or_else(PoisonError::into_inner).0
     }
 }

@@ -13,6 +13,7 @@ use rdkafka::error::KafkaError;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use rdkafka::types::RDKafkaErrorCode;
 
+use super::desk::{Desk, Ends};
 use super::reader::Reader;
 use super::{Cluster, Consumer, Error, Start, Topics, name_of};
 use crate::event::{Stream, Time};
@@ -27,30 +28,6 @@ const ANSWER: Duration = Duration::from_secs(15);
 const QUICK: Duration = Duration::from_secs(5);
 /// How often the client is served; also the longest that a reader waits for an answer to begin.
 const TICK: Duration = Duration::from_millis(20);
-
-/// Where a partition begins and ends, as the broker last said, and how far it has been read.
-#[derive(Debug, Default)]
-pub(super) struct Ends {
-    /// First offset that there is.
-    low: AtomicU64,
-    /// First offset that was not written: the high watermark, open transactions included.
-    high: AtomicU64,
-    /// Number of the last round of questions that the broker answered, from 1.
-    pub(super) round: AtomicU64,
-    /// The last round got no answer for this partition.
-    pub(super) away: AtomicBool,
-    /// First offset that was not handed on to be decoded.
-    pub(super) position: AtomicU64,
-    pub(super) tombstones: AtomicU64,
-    /// By how much retention last moved `low`.
-    jump: AtomicU64,
-}
-
-impl Ends {
-    pub(super) fn high(&self) -> u64 {
-        self.high.load(Ordering::Acquire)
-    }
-}
 
 /// A partition as its broker and its reader last saw it; all but `lag` and `margin` are offsets or counts.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,21 +44,6 @@ pub struct PartitionState {
     pub away: bool,
     /// By how many records retention last moved the beginning.
     pub last_drop: u64,
-}
-
-/// What the thread that serves the client and the readers share.
-pub(super) struct Desk {
-    stop: AtomicBool,
-    /// A reader waits for a round of questions.
-    pub(super) asked: AtomicBool,
-    /// Number of the round that was begun last.
-    pub(super) begun: AtomicU64,
-    partitions: Mutex<BTreeMap<(String, i32), Arc<Ends>>>,
-    /// Partitions that were seen first while running, with their first offset.
-    found: Mutex<Vec<(String, i32, u64)>>,
-    commit: Mutex<Option<Vec<(String, i32, u64)>>>,
-    /// The client is of no more use.
-    pub(super) fatal: Mutex<Option<String>>,
 }
 
 /// The topics of one stream, connected. Dropping it ends its thread; to be dropped after the readers have ended.

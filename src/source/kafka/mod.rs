@@ -18,6 +18,7 @@
 //! is free, so a partition that nobody needs stands still with a bounded prefetch, and none can hold another up.
 
 mod admin;
+mod desk;
 mod log;
 mod reader;
 mod sink;

@@ -12,7 +12,7 @@ use rdkafka::message::{BorrowedMessage, Message as _, Timestamp};
 use rdkafka::topic_partition_list::Offset;
 use rdkafka::types::RDKafkaErrorCode as Code;
 
-use super::log::{Desk, Ends};
+use super::desk::{Desk, Ends};
 use super::{Consumer, Context, Error, LogTime, Topics, fingerprint, name_of};
 use crate::event::Time;
 use crate::position::{Fingerprint, NextOffset};
