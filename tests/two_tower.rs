@@ -20,10 +20,13 @@ fn job(input: &std::path::Path) -> Job {
         job.edit(&format!("name = \"{feature}\""), &format!("name = \"{feature}\"\ntower = \"{tower}\""));
     }
     let towers = "[model]\nkind = \"two_tower\"\n[model.two_tower]\ndim = 6\nlayers = [12, 8]\nlayer_norm = true\n\
+        [model.two_tower.table]\nadmit = 0.8\nexpire_after = \"24s\"\ncapacity = 1024\n\
         [model.two_tower.dense]\nrate = 0.01\nwarm_up = 20\n\
         [model.two_tower.embeddings.decay]\nper = \"20s\"\nfloor = 0.0\n\n[model.logistic]";
     job.edit("[model.logistic]", towers);
     job.edit("examples = 64", "examples = 300");
+    // Ids without end: every impression brings a new one.
+    job.edit("[[crosses]]", "[[features]]\nname = \"trace\"\nfrom = \"id\"\ntower = \"user\"\n[[crosses]]");
     job
 }
 
@@ -51,6 +54,12 @@ fn a_job_killed_at_random_moments_ends_in_the_bytes_of_one_that_never_was() {
         assert_eq!(outcome(&undisturbed), outcome(killed));
     }
     assert!(ends.iter().any(|end| end["resumed"] == true), "no job was killed after its first checkpoint");
+    // Admission, expiry and eviction were all at work.
+    let ids = &undisturbed["tables"]["embedding"];
+    for what in ["admitted", "refused", "expired", "evicted"] {
+        assert!(ids[what].as_u64().unwrap() > 0, "{what}: {ids}");
+    }
+    assert!(ids["rows"].as_u64().unwrap() <= 1024);
 }
 
 #[test]
@@ -92,7 +101,7 @@ fn a_node_s_score_is_bit_for_bit_that_of_the_snapshot_one_candidate_or_many() {
         Decoder::new(Stream::Impressions, &RecordSettings::default(), Some(&schema), false).unwrap().at_serving();
     let mut expected = |user: &serde_json::Value, record: &serde_json::Value| {
         let mut record = record.clone();
-        record["user"] = user.clone();
+        (record["user"], record["id"]) = (user.clone(), "x".into());
         let mut chunk = Chunk::default();
         decoder.decode(record.to_string().as_bytes(), 0, Fingerprint::NONE, &mut chunk);
         snapshot.logit(chunk.slots_of(&chunk.records[0]))
@@ -103,7 +112,8 @@ fn a_node_s_score_is_bit_for_bit_that_of_the_snapshot_one_candidate_or_many() {
     for user in [&records[0]["user"], &records[3]["user"], &serde_json::json!({"id": "nobody knows me", "age": null})] {
         // The user stands in the context, and once more in every candidate, where the user tower must run for each.
         for own in [false, true] {
-            let context = serde_json::json!({ "user": if own { &records[9]["user"] } else { user } }).to_string();
+            let context =
+                serde_json::json!({ "id": "x", "user": if own { &records[9]["user"] } else { user } }).to_string();
             let candidate = |record: &serde_json::Value| {
                 let mut candidate = serde_json::json!({"item": record["item"], "tags": record["tags"]});
                 if own {

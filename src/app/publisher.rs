@@ -222,9 +222,11 @@ impl Worker {
         let image = &job.image;
         let model = image.model.sorted();
         let digests = image::digests(image, &model, self.window);
+        let tables = table_counts(&model);
         let weights = weights(&self.model, model).map_err(|error| snapshot::Error::Unfit(error.to_string()))?;
         let golden = golden(job, &weights);
-        let facts = facts(job, digests);
+        let mut facts = facts(job, digests);
+        facts.counts.extend(tables);
         let mut wait = Duration::from_millis(200);
         for attempt in 1.. {
             match self.runtime.block_on(self.publisher.publish(&weights, facts.clone(), &golden)) {
@@ -238,6 +240,16 @@ impl Worker {
         }
         unreachable!("the last attempt returns")
     }
+}
+
+/// Rows of each table, and what became of ids, for the counts in a manifest.
+fn table_counts(model: &model::State) -> Vec<(String, u64)> {
+    let mut counts = vec![("logistic_rows".to_owned(), model.logistic.rows.ids.len() as u64)];
+    if let Some(towers) = &model.towers {
+        counts.push(("embedding_rows".to_owned(), towers.rows.ids.len() as u64));
+        counts.extend(towers.counts.named().map(|(name, n)| (format!("embedding_{name}"), n)));
+    }
+    counts
 }
 
 /// What is published of a model.

@@ -205,6 +205,9 @@ pub fn run(
             if let Some(frontier) = core.place().frontier {
                 let (counts, waiting) = core.join().settled();
                 telemetry::boundary(counts, &core.merge().counts(), waiting, frontier.time, core.place().batches);
+                for table in core.model.tables() {
+                    telemetry::table(table.name, table.rows, table.bytes, &table.ids);
+                }
             }
             input.report(&core.positions());
             input.commit(&durable);

@@ -143,8 +143,10 @@ struct Index {
 }
 
 impl Index {
-    fn new() -> Self {
-        Self { lines: vec![Line::default(); 16], len: 0 }
+    /// An index that takes `ids` ids before it grows.
+    fn with_room(ids: usize) -> Self {
+        let lines = (ids * 10).div_ceil(LANES * 7).next_power_of_two().max(16);
+        Self { lines: vec![Line::default(); lines], len: 0 }
     }
 
     #[inline(always)]
@@ -232,7 +234,7 @@ struct Stripe {
 impl Stripe {
     fn new() -> Self {
         Self {
-            index: Index::new(),
+            index: Index::with_room(0),
             heads: Vec::new(),
             weights: Vec::new(),
             accumulators: Vec::new(),
@@ -262,6 +264,34 @@ impl Stripe {
     #[inline(always)]
     fn row_mut(&mut self, dim: usize, at: usize) -> &mut [f32] {
         &mut self.weights[at / CHUNK][at % CHUNK * dim..][..dim]
+    }
+
+    /// Keeps the rows that `keep` (of id and touched) says, closes the gaps, and makes the index anew. Returns how many went.
+    fn retain(&mut self, rules: &Rules, keep: impl Fn(u64, u32) -> bool) -> u64 {
+        let (dim, width, before) = (rules.dim, rules.accumulators(), self.heads.len());
+        let Some(first) = self.heads.iter().position(|head| !keep(head.id, head.touched)) else { return 0 };
+        let mut to = first;
+        for from in first + 1..before {
+            let head = self.heads[from];
+            if keep(head.id, head.touched) {
+                self.heads[to] = head;
+                shift(&mut self.weights, dim, from, to);
+                shift(&mut self.accumulators, width, from, to);
+                to += 1;
+            }
+        }
+        self.heads.truncate(to);
+        self.weights.truncate(to.div_ceil(CHUNK));
+        self.accumulators.truncate(to.div_ceil(CHUNK));
+        // A row that is added later must find accumulators of 0 where another one was.
+        if let Some(last) = self.accumulators.last_mut() {
+            last[(to - 1) % CHUNK * width + width..].fill(0.0);
+        }
+        self.index = Index::with_room(to);
+        for (at, head) in self.heads.iter().enumerate() {
+            self.index.insert(head.id, at as u32);
+        }
+        (before - to) as u64
     }
 
     fn accumulators_mut(&mut self, width: usize, at: usize) -> &mut [f32] {
@@ -361,6 +391,17 @@ impl Stripe {
     }
 }
 
+/// Copies a row of `width` numbers from place `from` to an earlier place.
+fn shift(chunks: &mut [Vec<f32>], width: usize, from: usize, to: usize) {
+    let (f, t) = (from % CHUNK * width, to % CHUNK * width);
+    if from / CHUNK == to / CHUNK {
+        chunks[from / CHUNK].copy_within(f..f + width, t);
+    } else {
+        let (before, after) = chunks.split_at_mut(from / CHUNK);
+        before[to / CHUNK][t..t + width].copy_from_slice(&after[0][f..f + width]);
+    }
+}
+
 /// A table of vectors. Ids must be spread evenly over `u64`, as hashes are, and not be 0.
 #[derive(Clone)]
 pub struct Embeddings {
@@ -435,6 +476,19 @@ impl Embeddings {
     pub fn find_or_insert(&mut self, id: u64) -> Place {
         let (stripe, found) = (stripe_of(id), self.find(id));
         if found != Place::NONE { found } else { Place::new(stripe, self.stripes[stripe].insert(&self.rules, id)) }
+    }
+
+    /// Removes all rows but those that `keep` (of id and touched) says. Every [`Place`] is void. Takes a walk over the table.
+    pub fn retain(&mut self, keep: impl Fn(u64, u32) -> bool) -> u64 {
+        self.stripes.iter_mut().map(|stripe| stripe.retain(&self.rules, &keep)).sum()
+    }
+
+    /// The `count`-th smallest (touched, id) of the rows, from 0: by last touch, then by id.
+    #[must_use]
+    pub fn by_age(&self, count: usize) -> Option<(u32, u64)> {
+        let heads = self.stripes.iter().flat_map(|stripe| &stripe.heads);
+        let mut ages: Vec<(u32, u64)> = heads.map(|head| (head.touched, head.id)).collect();
+        (count < ages.len()).then(|| *ages.select_nth_unstable(count).1)
     }
 
     /// The stripes, to be updated each on its own; see [`Update::run`].
@@ -634,6 +688,42 @@ mod tests {
         let spread = w.iter().map(|&w| f64::from(w).powi(2)).sum::<f64>() / w.len() as f64;
         assert!(mean.abs() < 1e-3 && (spread - 0.05 * 0.05 / 3.0).abs() < 2e-5, "{mean} {spread}");
         assert!(w.iter().all(|w| w.abs() <= 0.05));
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_left_after_removal_is_a_table_that_goes_on_as_one_that_never_held_the_rest(
+            steps in prop::collection::vec((prop::collection::vec((0u32..20_000, 0..EXAMPLES as u32, -1.0f32..1.0), 0..400), 0u64..5), 1..8),
+            many in 0u32..12_000,
+        ) {
+            let rules = rules(RowRule::ElementWise);
+            let mut table = Embeddings::new(rules);
+            // Several chunks a stripe.
+            (0..many).for_each(|i| _ = table.find_or_insert(id(50_000 + i)));
+            for (number, (drawn, part)) in steps.iter().enumerate() {
+                learn(&mut table, number as u32 + 1, drawn, &[1.0; 12]);
+                let before = table.rows();
+                let keep = |id: u64| id % 5 != *part;
+                let removed = table.retain(|id, _| keep(id));
+                let mut kept = Rows::default();
+                for (i, &id) in before.ids.iter().enumerate().filter(|(_, id)| keep(**id)) {
+                    kept.ids.push(id);
+                    kept.w.extend_from_slice(&before.w[i * 3..][..3]);
+                    kept.n.extend_from_slice(&before.n[i * 3..][..3]);
+                    kept.touched.push(before.touched[i]);
+                }
+                prop_assert_eq!(removed as usize, before.ids.len() - kept.ids.len());
+                prop_assert_eq!(&table.rows(), &kept);
+                for &id in &before.ids {
+                    prop_assert_eq!(table.find(id) != Place::NONE, keep(id));
+                }
+                // Rows that come back begin anew.
+                let mut other = Embeddings::from_rows(rules, &kept).unwrap();
+                learn(&mut table, number as u32 + 1, drawn, &[1.0; 12]);
+                learn(&mut other, number as u32 + 1, drawn, &[1.0; 12]);
+                prop_assert_eq!(table.rows(), other.rows());
+            }
+        }
     }
 
     #[test]

@@ -63,6 +63,15 @@ impl Checked {
     }
 }
 
+/// The size of a sparse table, and what became of ids, by name, since the start of the lineage.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TableFigures {
+    pub name: &'static str,
+    pub rows: usize,
+    pub bytes: usize,
+    pub ids: Vec<(&'static str, u64)>,
+}
+
 /// A model of either kind: the logistic part, and towers beside it where there are any.
 pub struct Model {
     pub logistic: Logistic,
@@ -94,6 +103,21 @@ impl Model {
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.logistic.bytes() + self.towers.as_ref().map_or(0, |towers| towers.bytes())
+    }
+
+    /// What there is to say of each sparse table.
+    #[must_use]
+    pub fn tables(&self) -> Vec<TableFigures> {
+        let Self { logistic, towers } = self;
+        let mut tables =
+            vec![TableFigures { name: "logistic", rows: logistic.len(), bytes: logistic.bytes(), ids: Vec::new() }];
+        tables.extend(towers.as_ref().map(|towers| TableFigures {
+            name: "embedding",
+            rows: towers.rows(),
+            bytes: towers.bytes(),
+            ids: towers.counts().named().to_vec(),
+        }));
+        tables
     }
 
     /// A plain copy, at the speed of memory; [`Image::sorted`] makes the state of it, on any thread.

@@ -10,11 +10,12 @@
 //! show in the result.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use candle_core::{Device, Tensor, Var};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::{Xxh3, xxh3_64};
+use xxhash_rust::xxh3::{Xxh3, xxh3_64, xxh3_64_with_seed};
 
 use super::Error;
 use super::decay::{Decay, DecaySettings};
@@ -52,6 +53,7 @@ pub struct Settings {
     /// Where the towers run: `cpu`, or `cuda:N` or `metal:N` where the build has it. Default `cpu`.
     pub device: String,
     pub embeddings: EmbeddingSettings,
+    pub table: TableSettings,
     pub dense: DenseSettings,
 }
 
@@ -66,6 +68,7 @@ impl Default for Settings {
             wide: true,
             device: "cpu".to_owned(),
             embeddings: EmbeddingSettings::default(),
+            table: TableSettings::default(),
             dense: DenseSettings::default(),
         }
     }
@@ -92,6 +95,50 @@ pub struct EmbeddingSettings {
 impl Default for EmbeddingSettings {
     fn default() -> Self {
         Self { rule: RowRule::RowWise, rate: 0.05, n0: 0.01, clip: 10.0, initial: 0.05, decay: None }
+    }
+}
+
+/// `[model.two_tower.table]`: which ids have a vector of their own. Those that have none share their feature's default row.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TableSettings {
+    /// Chance by which an example gives a new id its row: of two examples with 0.5, one does. A hash of seed, id and
+    /// impression decides. Above 0, at most 1. Default 1.
+    pub admit: f64,
+    /// A row that no example has named for this long in event time goes; it is looked for eight times in that time, so it
+    /// goes at most an eighth later. Default: rows stay.
+    #[serde(with = "humantime_serde")]
+    pub expire_after: Option<Duration>,
+    /// Most rows after a batch, at least 1024. When there are more, those touched longest ago go (equal ones by id), until an
+    /// eighth is free. Default: no bound.
+    pub capacity: Option<usize>,
+}
+
+impl Default for TableSettings {
+    fn default() -> Self {
+        Self { admit: 1.0, expire_after: None, capacity: None }
+    }
+}
+
+/// What became of ids, since the start of the lineage.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TableCounts {
+    /// Rows that were made, default rows not counted.
+    pub admitted: u64,
+    /// Occurrences of ids without a row that did not get one.
+    pub refused: u64,
+    /// Rows removed for their age.
+    pub expired: u64,
+    /// Rows removed for want of room.
+    pub evicted: u64,
+}
+
+impl TableCounts {
+    /// By name.
+    #[must_use]
+    pub fn named(&self) -> [(&'static str, u64); 4] {
+        let Self { admitted, refused, expired, evicted } = *self;
+        [("admitted", admitted), ("refused", refused), ("expired", expired), ("evicted", evicted)]
     }
 }
 
@@ -184,6 +231,8 @@ pub struct Checked {
     /// By feature: the logistic part sees it.
     wide: Vec<bool>,
     decay: Option<Decay>,
+    /// An eighth of the age at which rows expire, in ms.
+    expiry: Option<i64>,
     seed: u64,
 }
 
@@ -207,6 +256,19 @@ impl Settings {
         let keys =
             ["two_tower.embeddings.decay.per", "two_tower.embeddings.decay.keep", "two_tower.embeddings.decay.floor"];
         let decay = decay.as_ref().map(|decay| decay.check(keys)).transpose()?;
+        let TableSettings { admit, expire_after, capacity } = self.table;
+        must(admit > 0.0 && admit <= 1.0, "two_tower.table.admit", "above 0 and at most 1", admit)?;
+        let expiry = match expire_after {
+            Some(after) => {
+                let eighth = i64::try_from(after.as_millis() / 8).unwrap_or(0);
+                let got = humantime_serde::re::humantime::format_duration(after);
+                must(eighth > 0, "two_tower.table.expire_after", "at least 8ms", got)?;
+                Some(eighth)
+            }
+            None => None,
+        };
+        let room = capacity.unwrap_or(usize::MAX);
+        must(room >= 1024, "two_tower.table.capacity", "at least 1024", room)?;
         self.dense.check()?;
         let device = parse_device(&self.device).is_some();
         must(device, "two_tower.device", "`cpu`, `cuda:N` or `metal:N`", &self.device)?;
@@ -233,7 +295,7 @@ impl Settings {
             "no tower's, where a feature has `role = \"presentation\"`: it is unknown when candidates are scored";
         must(seen == 0, "two_tower", expected, format!("{seen} such features"))?;
         let wide = features.iter().map(|feature| self.wide || feature.presentation).collect();
-        Ok(Checked { settings: self.clone(), plan, sides, wide, decay, seed })
+        Ok(Checked { settings: self.clone(), plan, sides, wide, decay, expiry, seed })
     }
 }
 
@@ -308,6 +370,9 @@ pub struct State {
     pub dense: DenseState,
     /// (number of its first batch, event-time period), both ascending. Empty without decay.
     pub periods: Vec<(u32, i64)>,
+    /// (number of its first batch, eighth of the age of expiry), both ascending, the last nine. Empty without expiry.
+    pub eighths: Vec<(u32, i64)>,
+    pub counts: TableCounts,
     /// Batches whose dense gradient was not finite, and moved no dense parameter.
     pub skipped: u64,
 }
@@ -326,11 +391,15 @@ impl State {
         floats(hash, &self.params);
         floats(hash, &self.dense.mean);
         floats(hash, &self.dense.square);
-        let numbers = [self.dense.steps, self.skipped];
+        let TableCounts { admitted, refused, expired, evicted } = self.counts;
+        let numbers = [self.dense.steps, self.skipped, admitted, refused, expired, evicted];
         column(hash, numbers.len(), numbers.iter().map(|number| number.to_le_bytes()));
         let periods =
             self.periods.iter().map(|&(batch, period)| ((period as u128) << 32 | u128::from(batch)).to_le_bytes());
         column(hash, self.periods.len(), periods);
+        let eighths =
+            self.eighths.iter().map(|&(batch, number)| ((number as u128) << 32 | u128::from(batch)).to_le_bytes());
+        column(hash, self.eighths.len(), eighths);
     }
 }
 
@@ -340,6 +409,8 @@ pub struct Image {
     params: Vec<f32>,
     dense: DenseState,
     periods: Vec<(u32, i64)>,
+    eighths: Vec<(u32, i64)>,
+    counts: TableCounts,
     skipped: u64,
 }
 
@@ -352,6 +423,8 @@ impl Image {
             params: self.params.clone(),
             dense: self.dense.clone(),
             periods: self.periods.clone(),
+            eighths: self.eighths.clone(),
+            counts: self.counts,
             skipped: self.skipped,
         }
     }
@@ -366,6 +439,8 @@ struct Shard {
     places: Vec<Place>,
     /// What falls to each stripe of the table, in the order of the examples.
     occurrences: Vec<Vec<Occurrence>>,
+    /// Occurrences of ids that got no row.
+    refused: u64,
     fit: Vec<bool>,
     /// Of each example; NaN where it must not be learned from.
     products: Vec<f32>,
@@ -383,6 +458,7 @@ impl Shard {
             leaves: None,
             places: Vec::new(),
             occurrences: vec![Vec::new(); STRIPES],
+            refused: 0,
             fit: Vec::new(),
             products: Vec::new(),
             graph: None,
@@ -445,7 +521,8 @@ impl Shard {
         }
     }
 
-    /// Notes to which rows the examples' gradients fall, once it is known which are learned from.
+    /// Notes to which rows the examples' gradients fall, once it is known which are learned from. `admit` says whether an
+    /// id may have its row by an example.
     fn note(
         &mut self,
         plan: &Plan,
@@ -453,7 +530,9 @@ impl Shard {
         default_rows: &[u64],
         examples: &[Example<'_>],
         outcomes: &[Outcome],
+        admit: impl Fn(u64, u64) -> bool,
     ) {
+        self.refused = 0;
         let mut places = self.places.iter();
         for (i, (example, outcome)) in examples.iter().zip(outcomes).enumerate() {
             for slot in example.slots {
@@ -462,13 +541,17 @@ impl Shard {
                 if outcome.quarantined {
                     continue;
                 }
-                let (example, column, value) = (i as u32, column as u32, slot.value);
+                let (impression, example, column, value) = (example.id, i as u32, column as u32, slot.value);
                 let feature = usize::from(slot.feature);
                 let mut note = |id, place| {
                     self.occurrences[stripe_of(id)].push(Occurrence { id, place, example, column, tower, value });
                 };
                 if place == Place::NONE {
                     note(default_rows[feature], defaults[feature]);
+                    if !admit(slot.row, impression) {
+                        self.refused += 1;
+                        continue;
+                    }
                 }
                 note(slot.row, place);
             }
@@ -538,6 +621,8 @@ pub struct TwoTower {
     leaf: Var,
     dense: DenseState,
     periods: Vec<(u32, i64)>,
+    eighths: Vec<(u32, i64)>,
+    counts: TableCounts,
     skipped: u64,
     shards: Vec<Shard>,
     threads: Option<rayon::ThreadPool>,
@@ -569,12 +654,14 @@ impl TwoTower {
             let found = state.params.len();
             return refuse("towers", format!("{found} parameters where the settings give {}", pair.len));
         }
-        let State { rows, params, dense, periods, skipped } = state;
+        let State { rows, params, dense, periods, eighths, counts, skipped } = state;
         if !params.iter().chain(&dense.mean).chain(&dense.square).all(|v| v.is_finite()) {
             return refuse("towers", "a number is not finite".to_owned());
         }
-        if !periods.is_sorted_by(|a, b| a.0 < b.0 && a.1 < b.1) {
-            return refuse("decay periods of the towers", "not ascending".to_owned());
+        for (list, what) in [(&periods, "decay periods of the towers"), (&eighths, "ages of the towers' rows")] {
+            if !list.is_sorted_by(|a, b| a.0 < b.0 && a.1 < b.1) {
+                return refuse(what, "not ascending".to_owned());
+            }
         }
         let mut table = Embeddings::from_rows(checked.rules(), &rows)?;
         let place = |(feature, &row): (usize, &u64)| match checked.plan.of(feature as u16) {
@@ -602,6 +689,8 @@ impl TwoTower {
             leaf,
             dense,
             periods,
+            eighths,
+            counts,
             skipped,
             shards: Vec::new(),
             threads,
@@ -675,8 +764,16 @@ impl TwoTower {
         }
 
         let said: &[Outcome] = outcomes;
+        let (chance, seed) = (self.checked.settings.table.admit, self.checked.seed);
+        let most = (chance * u64::MAX as f64) as u64;
+        let admit = |row: u64, impression: u64| {
+            let mut bytes = [0; 16];
+            bytes[..8].copy_from_slice(&row.to_le_bytes());
+            bytes[8..].copy_from_slice(&impression.to_le_bytes());
+            chance >= 1.0 || xxh3_64_with_seed(&bytes, seed.wrapping_add(1)) <= most
+        };
         each(self.threads.as_ref(), shards, |i, shard| {
-            shard.note(plan, defaults, default_rows, &examples[part(i)], &said[part(i)]);
+            shard.note(plan, defaults, default_rows, &examples[part(i)], &said[part(i)], admit);
             shard.backward(leaf, device, &said[part(i)]).expect(FAILS);
         });
 
@@ -714,12 +811,61 @@ impl TwoTower {
             _ => n,
         };
         let occurrences: Vec<&[Vec<Occurrence>]> = shards.iter().map(|shard| shard.occurrences.as_slice()).collect();
+        self.counts.refused += shards.iter().map(|shard| shard.refused).sum::<u64>();
+        let before = self.table.len();
         let mut stripes = self.table.stripes();
         each(self.threads.as_ref(), &mut stripes, |_, stripe| {
             let number = stripe.number;
             let of = occurrences.iter().zip(&inputs).map(|(all, inputs)| (all[number].as_slice(), *inputs, widths));
             stripe.run(batch, of, &rested);
         });
+        drop((stripes, held));
+        self.counts.admitted += (self.table.len() - before) as u64;
+        self.tidy(batch, time);
+    }
+
+    /// Behind a batch: removes rows that no example has named for long, and the oldest where there are too many.
+    fn tidy(&mut self, batch: u32, time: Time) {
+        let before = self.table.len();
+        if let Some(eighth) = self.checked.expiry {
+            let now = time.0.div_euclid(eighth);
+            if self.eighths.last().is_none_or(|&(_, last)| last < now) {
+                // Rows touched before the first batch that is younger than eight eighths are too old.
+                let young =
+                    self.eighths.iter().find(|&&(_, number)| number >= now - 8).map_or(batch, |&(first, _)| first);
+                self.eighths.retain(|&(_, number)| number >= now - 8);
+                self.eighths.push((batch, now));
+                self.retain(|touched, _| touched >= young);
+                self.counts.expired += (before - self.table.len()) as u64;
+            }
+        }
+        let before = self.table.len();
+        if let Some(capacity) = self.checked.settings.table.capacity
+            && before > capacity
+            && let Some(oldest) = self.table.by_age(before - capacity / 8 * 7)
+        {
+            self.retain(|touched, id| (touched, id) >= oldest);
+            self.counts.evicted += (before - self.table.len()) as u64;
+        }
+    }
+
+    /// Keeps the rows that `keep` (of touched and id) says, and default rows.
+    fn retain(&mut self, keep: impl Fn(u32, u64) -> bool) {
+        let mut always: Vec<u64> = Vec::new();
+        always.extend(
+            self.default_rows.iter().zip(&self.defaults).filter(|(_, at)| **at != Place::NONE).map(|(row, _)| row),
+        );
+        if self.table.retain(|id, touched| keep(touched, id) || always.contains(&id)) > 0 {
+            for (row, at) in self.default_rows.iter().zip(&mut self.defaults).filter(|(_, at)| **at != Place::NONE) {
+                *at = self.table.find(*row);
+            }
+        }
+    }
+
+    /// What became of ids.
+    #[must_use]
+    pub fn counts(&self) -> TableCounts {
+        self.counts
     }
 
     /// What the towers add to the logit of an example with these slots.
@@ -747,6 +893,8 @@ impl TwoTower {
             params: self.params.clone(),
             dense: self.dense.clone(),
             periods: self.periods.clone(),
+            eighths: self.eighths.clone(),
+            counts: self.counts,
             skipped: self.skipped,
         }
     }
@@ -1115,6 +1263,86 @@ mod tests {
     }
 
     #[test]
+    fn a_row_goes_when_no_example_has_named_it_for_long() {
+        let mut settings = settings();
+        settings.table.expire_after = Some(Duration::from_secs(80));
+        let (mut model, mut stream) = (Both::new(&settings, 1), Stream::new(8));
+        let once = stream.batch(1);
+        model.learn(1, &examples(&once)); // at 3 s, in the eighth of 0 to 10 s
+        let there = |model: &Both| model.towers.table.find(once[0].0[0].row) != Place::NONE;
+        let other: Vec<_> =
+            stream.batch(64).into_iter().filter(|(slots, _)| slots[0].row != once[0].0[0].row).collect();
+        for batch in 2..=29 {
+            model.learn(batch, &examples(&other));
+            assert!(there(&model), "batch {batch}");
+        }
+        assert_eq!(model.towers.counts().expired, 0);
+        model.learn(30, &examples(&other)); // at 90 s
+        assert!(!there(&model));
+        assert!(model.towers.counts().expired >= 1);
+        assert_eq!(model.towers.product(&once[0].0), {
+            let mut unknown = once.clone();
+            unknown[0].0[0].row = 0x0123_4567_89ab_cdef;
+            model.towers.product(&unknown[0].0)
+        });
+    }
+
+    #[test]
+    fn a_table_stays_within_its_capacity_and_keeps_what_was_touched_last() {
+        let mut settings = settings();
+        settings.table.capacity = Some(1024);
+        let mut model = Both::new(&settings, 1);
+        let mut drawn = Stream::new(9).batch(200);
+        let mut next = 0;
+        for batch in 1..=40 {
+            for (slots, _) in &mut drawn {
+                next += 1;
+                slots[0].row = xxh3_64(&(1u64 << 40 | next).to_le_bytes());
+            }
+            model.learn(batch, &examples(&drawn));
+            assert!(model.towers.rows() <= 1024, "{}", model.towers.rows());
+            let newest = drawn.iter().all(|(slots, _)| model.towers.table.find(slots[0].row) != Place::NONE);
+            assert!(newest, "the rows of batch {batch} stay");
+        }
+        let counts = model.towers.counts();
+        assert!(counts.admitted > 8000 && counts.evicted > 6900, "{counts:?}");
+        assert_eq!(counts.admitted - counts.evicted + 3, model.towers.rows() as u64);
+        // The default rows are there, whatever their age.
+        for (feature, row) in DEFAULTS[..3].iter().enumerate() {
+            assert_eq!(model.towers.table.find(*row), model.towers.defaults[feature]);
+        }
+    }
+
+    #[test]
+    fn admission_by_chance_depends_on_ids_alone() {
+        let mut settings = settings();
+        settings.table.admit = 0.25;
+        let run = |threads, seed| {
+            let (mut model, mut stream) = (Both::new(&settings, threads), Stream::new(seed));
+            let drawn = stream.batch(600);
+            let mut all = examples(&drawn);
+            all.iter_mut().enumerate().for_each(|(i, example)| example.id = 77 + i as u64);
+            model.learn(1, &all);
+            model
+        };
+        let (one, two) = (run(1, 11), run(2, 11));
+        assert_eq!(one.state(), two.state());
+        let counts = one.towers.counts();
+        let mut distinct: Vec<u64> = Stream::new(11)
+            .batch(600)
+            .iter()
+            .flat_map(|(slots, _)| slots[..slots.len() - 1].to_vec())
+            .map(|slot| slot.row)
+            .collect();
+        let occurrences = distinct.len() as f64;
+        distinct.sort_unstable();
+        distinct.dedup();
+        // Three of four occurrences are refused; of rows that come often most get in all the same.
+        assert!((counts.refused as f64 / occurrences - 0.75).abs() < 0.05, "{counts:?} of {occurrences}");
+        assert!(counts.admitted < distinct.len() as u64 && counts.admitted > distinct.len() as u64 / 4, "{counts:?}");
+    }
+
+    #[test]
     fn without_the_wide_part_only_presentation_features_have_weights() {
         let (mut model, mut stream) = (Both::new(&Settings { wide: false, ..settings() }, 1), Stream::new(6));
         let drawn = stream.batch(300);
@@ -1152,6 +1380,9 @@ mod tests {
         assert!(changed(|s| s.dense.steps += 1));
         assert!(changed(|s| s.skipped += 1));
         assert!(changed(|s| s.periods[0].1 += 1));
+        assert!(changed(|s| s.eighths.push((1, 1))));
+        assert!(changed(|s| s.counts.evicted += 1));
+        assert!(changed(|s| s.counts.refused += 1));
     }
 
     #[test]
@@ -1168,6 +1399,11 @@ mod tests {
         assert!(
             refused("embeddings = { decay = { keep = 2 } }").starts_with("`model.two_tower.embeddings.decay.keep`")
         );
+        assert!(refused("table = { admit = 0 }").starts_with("`model.two_tower.table.admit` must be above 0"));
+        assert!(
+            refused("table = { capacity = 5 }").starts_with("`model.two_tower.table.capacity` must be at least 1024")
+        );
+        assert!(refused("table = { expire_after = \"1ms\" }").contains("expire_after` must be at least 8ms, got 1ms"));
         assert!(refused("dense = { rate = 2 }").starts_with("`model.two_tower.dense.rate`"));
         assert!(refused("lr = 1").contains("unknown field `lr`"));
         let one_sided = Settings::default().check(&features()[..2], 1).unwrap_err().to_string();

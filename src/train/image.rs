@@ -135,10 +135,14 @@ fn tower_arrays(towers: &two_tower::State, arrays: &mut Arrays) {
     arrays.push_f32("towers.params", &[towers.params.len()], &towers.params);
     arrays.push_f32("towers.mean", &[towers.dense.mean.len()], &towers.dense.mean);
     arrays.push_f32("towers.square", &[towers.dense.square.len()], &towers.dense.square);
-    arrays.push_u64("towers.steps", &[2], &[towers.dense.steps, towers.skipped]);
-    let (batches, periods): (Vec<u32>, Vec<i64>) = towers.periods.iter().copied().unzip();
-    arrays.push_u32("towers.period_batches", &[batches.len()], &batches);
-    arrays.push_i64("towers.periods", &[periods.len()], &periods);
+    let two_tower::TableCounts { admitted, refused, expired, evicted } = towers.counts;
+    let numbers = [towers.dense.steps, towers.skipped, admitted, refused, expired, evicted];
+    arrays.push_u64("towers.numbers", &[numbers.len()], &numbers);
+    for (name, list) in [("towers.periods", &towers.periods), ("towers.eighths", &towers.eighths)] {
+        let (batches, periods): (Vec<u32>, Vec<i64>) = list.iter().copied().unzip();
+        arrays.push_u32(format!("{name}.batches"), &[batches.len()], &batches);
+        arrays.push_i64(name, &[periods.len()], &periods);
+    }
 }
 
 fn read_towers(arrays: &Arrays) -> codec::Result<Option<two_tower::State>> {
@@ -151,16 +155,21 @@ fn read_towers(arrays: &Arrays) -> codec::Result<Option<two_tower::State>> {
         n: arrays.f32s("towers.n")?,
         touched: arrays.u32s("towers.touched")?,
     };
-    let [steps, skipped] = arrays.u64s("towers.steps")?[..] else {
-        return Err(codec::Error::Missing("towers.steps".to_owned()));
+    let [steps, skipped, admitted, refused, expired, evicted] = arrays.u64s("towers.numbers")?[..] else {
+        return Err(codec::Error::Missing("six of towers.numbers".to_owned()));
     };
+    let counts = two_tower::TableCounts { admitted, refused, expired, evicted };
     let dense = DenseState { steps, mean: arrays.f32s("towers.mean")?, square: arrays.f32s("towers.square")? };
-    let (batches, periods) = (arrays.u32s("towers.period_batches")?, arrays.i64s("towers.periods")?);
-    if batches.len() != periods.len() {
-        return Err(codec::Error::Missing("towers.periods, one for each of towers.period_batches".to_owned()));
-    }
-    let periods = batches.into_iter().zip(periods).collect();
-    Ok(Some(two_tower::State { rows, params: arrays.f32s("towers.params")?, dense, periods, skipped }))
+    let list = |name: &str| {
+        let (batches, periods) = (arrays.u32s(&format!("{name}.batches"))?, arrays.i64s(name)?);
+        if batches.len() != periods.len() {
+            return Err(codec::Error::Missing(format!("{name}, one for each of {name}.batches")));
+        }
+        Ok(batches.into_iter().zip(periods).collect::<Vec<_>>())
+    };
+    let (periods, eighths) = (list("towers.periods")?, list("towers.eighths")?);
+    let params = arrays.f32s("towers.params")?;
+    Ok(Some(two_tower::State { rows, params, dense, periods, eighths, counts, skipped }))
 }
 
 /// A segment of seen ids as a file of its own.
