@@ -528,6 +528,9 @@ impl Embeddings {
             return refuse(format!("columns of the wrong length beside {count} ids of {dim} weights"));
         }
         let mut table = Self::new(rules);
+        for stripe in &mut table.stripes {
+            stripe.index = Index::with_room(count / STRIPES);
+        }
         let mut before = 0;
         for (i, &id) in rows.ids.iter().enumerate() {
             if id <= before {
