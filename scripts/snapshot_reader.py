@@ -93,9 +93,86 @@ def read_payload(store, key, length, digest):
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # has the metadata, which `load` leaves out
     made_for = header.get("__metadata__", {}).get("tidemill")
     require(made_for == "snapshot/1", key, f"was made for `{made_for}`, expected `snapshot/1`")
-    types = {name: str(array.dtype) for name, array in arrays.items()}
-    require(types == PAYLOAD, key, f"holds {types}, a logistic model is {PAYLOAD}")
     return arrays
+
+
+class Towers:
+    """The towers of a two-tower model, checked: docs/snapshot-format.md, "Towers"."""
+
+    def __init__(self, arrays, default_rows, key):
+        """Takes its arrays out of `arrays`."""
+        take = lambda name, dtype, shape=None: self.take(arrays, key, name, dtype, shape)
+        self.ids, self.rows = take("embedding.ids", "uint64"), take("embedding.rows", "float32")
+        require(self.rows.ndim == 2 and len(self.rows) == len(self.ids), key, "has other vectors than ids")
+        require(np.all(self.ids[:-1] < self.ids[1:]) and 0 not in self.ids[:1], key, "has embedding ids out of order, or 0")
+        dim = self.rows.shape[1]
+        sides = take("towers.features", "uint8", (len(default_rows),))
+        (activation,) = take("towers.activation", "uint8", (1,))
+        require(activation in (0, 1), key, f"has the activation {activation}, this reader knows 0 and 1")
+        self.activation = np.tanh if activation else lambda z: np.maximum(z, np.float32(0))
+        self.columns = {}  # feature -> (tower, first column, position of its default row)
+        widths = {1: 0, 2: 0}
+        for feature, side in enumerate(sides):
+            if side == 0:
+                continue
+            require(side in widths, key, f"has a feature of tower {side}, this reader knows 1 and 2")
+            default = self.find(default_rows[feature])
+            require(default is not None, key, f"has no default vector for feature {feature}")
+            self.columns[feature] = (int(side), widths[side], default)
+            widths[side] += dim
+        self.widths = widths
+        self.layers = {1: [], 2: []}
+        for side, name in ((1, "user"), (2, "item")):
+            inputs = widths[side]
+            while (prefix := f"towers.{name}.{len(self.layers[side])}") + ".weight" in arrays:
+                outputs = arrays[f"{prefix}.weight"].shape[-1]
+                weight = take(f"{prefix}.weight", "float32", (inputs, outputs))
+                bias = take(f"{prefix}.bias", "float32", (outputs,))
+                norm = None
+                if f"{prefix}.gain" in arrays:
+                    norm = [take(f"{prefix}.{part}", "float32", (outputs,)) for part in ("gain", "shift")]
+                self.layers[side].append((weight, bias, norm))
+                inputs = outputs
+        require(all(self.layers.values()), key, "has a tower without layers")
+        self.scale = take("towers.scale", "float32", (1,))[0] if "towers.scale" in arrays else None
+
+    @staticmethod
+    def take(arrays, key, name, dtype, shape):
+        require(name in arrays, key, f"has no `{name}`")
+        array = arrays.pop(name)
+        fits = array.dtype == dtype and shape in (None, array.shape)
+        require(fits, key, f"has `{name}` as {array.dtype} {array.shape}, expected {dtype} {shape or ''}")
+        require(dtype != "float32" or np.isfinite(array).all(), key, f"has a number in `{name}` that is not finite")
+        return array
+
+    def find(self, row):
+        at = int(np.searchsorted(self.ids, np.uint64(row)))
+        return at if at < len(self.ids) and self.ids[at] == row else None
+
+    def product(self, slots):
+        inputs = {side: np.zeros(width, np.float32) for side, width in self.widths.items()}
+        for feature, row, value in (slot[:3] for slot in slots):
+            if feature not in self.columns:
+                continue
+            side, column, default = self.columns[feature]
+            own = self.find(row)
+            vector = self.rows[default if own is None else own]
+            inputs[side][column : column + len(vector)] += np.float32(value) * vector
+        u, v = (self.says(self.layers[side], inputs[side]) for side in (1, 2))
+        product = np.sum(u * v)
+        if self.scale is None:
+            return product
+        length = lambda a: np.sqrt(np.sum(a * a) + np.float32(1e-4))
+        return self.scale * product / (length(u) * length(v))
+
+    def says(self, layers, x):
+        for i, (weight, bias, norm) in enumerate(layers):
+            x = x @ weight + bias
+            if norm is not None:
+                x = (x - x.mean()) / np.sqrt(x.var() + np.float32(1e-5)) * norm[0] + norm[1]
+            if i + 1 < len(layers):
+                x = self.activation(x)
+        return x
 
 
 class Snapshot:
@@ -111,7 +188,8 @@ class Snapshot:
         require(manifest["version"] == version, key, f"is of version {manifest['version']}: the file was moved")
         require(manifest["kind"] == "full", key, f"is of kind `{manifest['kind']}`, this reader knows `full`")
         model = manifest["model"]
-        require(model["kind"] == "logistic", key, f"has a `{model['kind']}` model, this reader knows `logistic`")
+        kinds = ("logistic", "two_tower")
+        require(model["kind"] in kinds, key, f"has a `{model['kind']}` model, this reader knows {' and '.join(kinds)}")
         fits = schema_hash in (None, model["schema_hash"])
         require(fits, key, f"has schema {model['schema_hash']}, records are encoded by {schema_hash}")
         encoding = model["schema"]["encoding"]
@@ -119,14 +197,21 @@ class Snapshot:
         self.schema = Schema(model["schema"])
 
         objects = manifest["objects"]
-        require(len(objects) == 1, key, f"has {len(objects)} objects, a logistic model has one")
+        require(len(objects) == 1, key, f"has {len(objects)} objects, a model has one")
         payload, length, digest = objects[0]["name"], objects[0]["length"], objects[0]["digest"]
         require(payload == f"objects/{digest}.safetensors", key, f"names `{payload}`, which does not fit its digest")
         arrays = read_payload(store, payload, length, digest)
-        self.ids, self.weights, intercept, default_rows = (arrays[name] for name in PAYLOAD)
         features = len(self.schema.features) + len(self.schema.crosses)
+        self.towers = None
+        if model["kind"] == "two_tower":
+            require("logistic.default_rows" in arrays, payload, "has no `logistic.default_rows`")
+            self.towers = Towers(arrays, arrays["logistic.default_rows"], payload)
+        types = {name: str(array.dtype) for name, array in arrays.items()}
+        require(types == PAYLOAD, payload, f"holds {types}, a logistic model is {PAYLOAD}")
+        self.ids, self.weights, intercept, default_rows = (arrays[name] for name in PAYLOAD)
         shapes = [array.shape for array in (self.ids, self.weights, intercept, default_rows)]
-        expected = [(manifest["rows"],), (manifest["rows"],), (1,), (features,)]
+        rows = manifest["rows"] - (len(self.towers.ids) if self.towers else 0)
+        expected = [(rows,), (rows,), (1,), (features,)]
         require(shapes == expected, payload, f"has shapes {shapes}, expected {expected}")
         ascend = np.all(self.ids[:-1] < self.ids[1:]) and 0 not in self.ids[:1]
         require(ascend, payload, "has ids that are not strictly ascending, or 0")
@@ -165,7 +250,8 @@ class Snapshot:
         total = np.float32(0)
         for product in weights * np.array(values, np.float32):  # np.sum would add in another order
             total += product
-        return total + self.intercept
+        logit = total + self.intercept
+        return logit + self.towers.product(slots) if self.towers else logit
 
     def score(self, record, element=None, as_logged=False):
         """Logit and probability of a record (a dict), or of one element of its exploded array."""

@@ -117,6 +117,21 @@ def train_obd():
     return home / "snapshots"
 
 
+def train_towers(name, **settings):
+    """The slates by a two-tower model, with settings of its own."""
+    home = SCRATCH / name
+    home.mkdir()
+    towers = {"user": "user", "item": "item", "price": "item", "age": "user", "rate": "user", "tags": "item", "history": "user"}
+    config = SLATES.replace("slates.jsonl", "../slates/slates.jsonl").replace("clicks.jsonl", "../slates/clicks.jsonl")
+    for feature, tower in towers.items():
+        config = config.replace(f'name = "{feature}"\n', f'name = "{feature}"\ntower = "{tower}"\n')
+    settings = {"kind": "two_tower", "two_tower.dense.rate": 0.01, "two_tower.dense.warm_up": 0, **settings}
+    (home / "towers.toml").write_text(config)
+    sets = [part for key, value in settings.items() for part in ("--set", f"model.{key}={json.dumps(value)}")]
+    tidemill("train", "-c", "towers.toml", "--until-end", "--set", "batch.examples=64", *sets, cwd=home)
+    return home / "snapshots"
+
+
 def train_slates():
     """Slates with ids of two fields, missing values, texts that CSV and JSON escape, and all kinds of features."""
     home = SCRATCH / "slates"
@@ -181,6 +196,10 @@ class Reader(unittest.TestCase):
     def setUpClass(cls):
         cls.obd = train_obd()
         cls.slates = train_slates()
+        plain = {"two_tower.dim": 8, "two_tower.layers": [16, 8]}
+        full = {**plain, "two_tower.layer_norm": True, "two_tower.normalize": True, "two_tower.activation": "tanh"}
+        cls.towers = [train_towers("towers", **plain), train_towers("all-on", **full)]
+        cls.towers.append(train_towers("narrow", **{"two_tower.wide": False}))
 
     def compare(self, what, ours, theirs, records, logit_tolerance=0):
         """Predictions must agree within 1e-6; the logits of equal slots to the last bit."""
@@ -227,8 +246,38 @@ class Reader(unittest.TestCase):
             numbers = [int(line) for line in re.findall("line ([0-9]+):", errors)]
             self.assertEqual(numbers, list(range(101, 101 + len(bad))), errors)
 
+    def test_the_scores_of_two_towers_are_those_of_tidemill_score(self):
+        for store in self.towers:
+            args = [SCRATCH / "slates/slates.jsonl", "--config", store.parent / "towers.toml"]
+            theirs = tidemill("score", "--store", store, *args)
+            self.compare(store.parent.name, reader(store, *args)[0], theirs, 2400, 1e-5)
+            products = [json.loads(line)["towers"] for line in tidemill("score", "--store", store, "--explain", *args).splitlines()]
+            self.assertGreater(np.std(products), 1e-3, "the towers must say something")
+
+    def test_towers_that_are_no_servable_model_are_refused(self):
+        def replace(name, make):
+            return lambda arrays: arrays.update({name: make(arrays[name])})
+
+        cases = [
+            (lambda arrays: arrays.pop("towers.user.1.bias"), "has no `towers.user.1.bias`"),
+            (lambda arrays: arrays.pop("towers.activation"), "has no `towers.activation`"),
+            (replace("embedding.ids", lambda ids: ids[::-1].copy()), "out of order"),
+            (replace("embedding.rows", lambda rows: rows * np.float32(np.nan)), "finite"),
+            (replace("embedding.rows", lambda rows: rows[1:]), "other vectors"),
+            (replace("towers.features", lambda features: features + np.uint8(2)), "tower 3|tower 4|no default"),
+            (replace("towers.item.0.weight", lambda weight: weight[1:]), "towers.item.0.weight"),
+            (replace("towers.item.1.weight", lambda weight: weight + np.float32(0.1)), "golden vector"),
+            (lambda arrays: arrays.update(extra=np.zeros(1)), "extra"),
+        ]
+        for change, reason in cases:
+            store = Store(self.towers[0])
+            store.load()
+            store.republish(change)
+            with self.assertRaisesRegex(Refused, reason):
+                store.load()
+
     def test_every_golden_vector_is_reproduced(self):
-        for store in self.obd, self.slates:
+        for store in self.obd, self.slates, *self.towers:
             snapshot = Snapshot.load(store)
             worst, golden = 0, snapshot.manifest["golden"]
             for example in golden:
@@ -347,7 +396,8 @@ class Reader(unittest.TestCase):
             (lambda m: m["objects"][0].update(length=1), "the manifest says 1"),
             (lambda m: m["golden"][1].update(logit=m["golden"][1]["logit"] + 1e-3), "golden vector 1"),
             (lambda m: m["golden"][1]["slots"][0].update(feature=1000), "not in the schema"),
-            (model(kind="two_tower"), "two_tower"),
+            (model(kind="fm"), "`fm` model"),
+            (model(kind="two_tower"), "has no `embedding.ids`"),
             (lambda m: m["model"]["schema"].update(encoding=2), "encoding 2"),
             (lambda m: m["model"]["schema"]["features"][0].update(name="other"), "default rows"),
         ]

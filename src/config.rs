@@ -7,9 +7,10 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::event::Time;
-use crate::feature::schema::{CrossSettings, FeatureSettings, Schema};
+use crate::feature::schema::{CrossSettings, FeatureSettings, Schema, Tower};
 use crate::merge::{self, Bounds, StreamRules};
-use crate::model::logistic;
+use crate::model::two_tower::{self, Side};
+use crate::model::{self, logistic};
 use crate::source::decode::RecordSettings;
 use crate::train::progressive;
 use crate::{join, snapshot, source};
@@ -71,15 +72,17 @@ impl<'de> Deserialize<'de> for OrNever {
 pub struct JobSettings {
     /// Names the training job in snapshots and logs. Default `"tidemill"`.
     pub name: String,
-    /// Seed of every choice that is left to chance (down-sampling). Default 0.
+    /// Seed of every choice that is left to chance (down-sampling, the weights that towers begin with). Default 0.
     pub seed: u64,
     /// Threads that decode records. Default 0: one per core, less the one that learns, at least one.
     pub decode_threads: usize,
+    /// Threads that compute the towers of a two-tower model. Default 0: one per core. Does not show in the result.
+    pub learn_threads: usize,
 }
 
 impl Default for JobSettings {
     fn default() -> Self {
-        Self { name: "tidemill".into(), seed: 0, decode_threads: 0 }
+        Self { name: "tidemill".into(), seed: 0, decode_threads: 0, learn_threads: 0 }
     }
 }
 
@@ -178,15 +181,74 @@ impl Default for BatchSettings {
 pub enum ModelKind {
     #[default]
     Logistic,
+    TwoTower,
 }
 
 /// `[model]`
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ModelSettings {
-    /// `"logistic"`.
+    /// `"logistic"`, or `"two_tower"`: two towers beside the logistic part.
     pub kind: ModelKind,
     pub logistic: logistic::Settings,
+    /// Only looked at under `two_tower`.
+    pub two_tower: two_tower::Settings,
+}
+
+impl ModelSettings {
+    /// As the kind is written.
+    #[must_use]
+    pub fn kind_name(&self) -> &'static str {
+        match self.kind {
+            ModelKind::Logistic => "logistic",
+            ModelKind::TwoTower => "two_tower",
+        }
+    }
+
+    /// What the model depends on, as JSON: the settings of its kind and no others.
+    #[must_use]
+    pub fn in_use(&self) -> String {
+        #[derive(Serialize)]
+        struct InUse<'a> {
+            kind: ModelKind,
+            logistic: &'a logistic::Settings,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            two_tower: Option<&'a two_tower::Settings>,
+        }
+        let two_tower = (self.kind == ModelKind::TwoTower).then_some(&self.two_tower);
+        let in_use = InUse { kind: self.kind, logistic: &self.logistic, two_tower };
+        serde_json::to_string(&in_use).expect("settings are plain data")
+    }
+
+    fn check(&mut self, schema: &Schema, job: &JobSettings) -> Result<model::Checked, Error> {
+        // Spelled out, so that checkpoints and manifests say what was used.
+        self.logistic.a = Some(self.logistic.rate(schema.len()));
+        let logistic = self.logistic.check(schema.len())?;
+        let feature = |i| two_tower::Feature {
+            side: match schema.tower(i) {
+                Tower::User => Some(Side::User),
+                Tower::Item => Some(Side::Item),
+                Tower::None => None,
+            },
+            presentation: schema.is_presentation(i),
+        };
+        let towers = match self.kind {
+            ModelKind::Logistic => None,
+            ModelKind::TwoTower if self.logistic.rule == logistic::Rule::Count => {
+                return refuse("model.logistic.rule", "must be \"adagrad\" under kind = \"two_tower\"", "\"count\"");
+            }
+            ModelKind::TwoTower => {
+                let features: Vec<two_tower::Feature> = (0..schema.len()).map(feature).collect();
+                Some(self.two_tower.check(&features, job.seed)?)
+            }
+        };
+        let default_rows = (0..schema.len()).map(|i| schema.default_row(i)).collect();
+        let threads = match job.learn_threads {
+            0 => std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+            threads => threads,
+        };
+        Ok(model::Checked { logistic, towers, default_rows, threads })
+    }
 }
 
 /// `[sampling]`
@@ -303,7 +365,7 @@ pub struct Checked {
     pub schema: Schema,
     pub merge: merge::Rules,
     pub join: join::Rules,
-    pub logistic: logistic::Checked,
+    pub model: model::Checked,
     /// Every setting that decides the order or the bytes, by key: a checkpoint is only resumed under equal ones.
     pub binding: BTreeMap<String, String>,
 }
@@ -342,9 +404,7 @@ impl Config {
             cluster.check().map_err(source::Error::from)?;
         }
         let schema = Schema::new(&self.features, &self.crosses)?;
-        // Spelled out, so that checkpoints and manifests say what was used.
-        self.model.logistic.a = Some(self.model.logistic.rate(schema.len()));
-        let logistic = self.model.logistic.check(schema.len())?;
+        let model = self.model.check(&schema, &self.job)?;
         let labelled = self.impressions.record.label.is_some();
         if self.clicks.is_none() && !labelled {
             return refuse(
@@ -454,7 +514,7 @@ impl Config {
             quiet_after: self.clicks.as_ref().and_then(|clicks| clicks.quiet_after.0).map(ms),
             expected: self.fuse.expected,
         };
-        let mut checked = Checked { schema, merge, join, logistic, binding: BTreeMap::new(), config: self };
+        let mut checked = Checked { schema, merge, join, model, binding: BTreeMap::new(), config: self };
         checked.binding = checked.bindings();
         Ok(checked)
     }
@@ -487,7 +547,7 @@ impl Checked {
         binding.insert("sampling.negatives".into(), config.sampling.negatives.to_string());
         binding.insert("job.seed".into(), config.job.seed.to_string());
         binding.insert("metrics.window".into(), format!("{:?}", config.metrics.window));
-        binding.insert("model".into(), json(&config.model));
+        binding.insert("model".into(), config.model.in_use());
         binding.insert("features".into(), self.schema.hash());
         binding
     }

@@ -89,6 +89,15 @@ pub fn boundary(counts: &Counts, read: &ReadCounts, waiting_clicks: u64, frontie
     gauge!("tidemill_conservation_gap", "of" => "clicks").set(counts.click_gap(waiting_clicks) as f64);
 }
 
+/// A sparse table at a batch boundary. What became of ids is absolute since the start of the lineage.
+pub fn table(name: &'static str, rows: usize, bytes: usize, ids: &[(&'static str, u64)]) {
+    gauge!("tidemill_table_rows", "table" => name).set(rows as f64);
+    gauge!("tidemill_table_bytes", "table" => name).set(bytes as f64);
+    for &(outcome, n) in ids {
+        counter!("tidemill_table_ids_total", "table" => name, "outcome" => outcome).absolute(n);
+    }
+}
+
 /// Where a partition of a Kafka topic stands: records that were not trained, records between what its log still has and what
 /// is to be trained next, messages without a value, and whether its broker did not answer.
 pub fn kafka_partition(stream: Stream, partition: &str, lag: u64, margin: u64, tombstones: u64, away: bool) {

@@ -17,8 +17,8 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("batch", &["event"]),
     ("model", &["event"]),
     ("train", &["event", "position", "merge", "join", "batch", "model"]),
-    ("snapshot", &["event", "clock"]),
-    ("serve", &["event", "clock", "telemetry", "feature", "source", "snapshot"]),
+    ("snapshot", &["event", "clock", "model"]),
+    ("serve", &["event", "clock", "telemetry", "feature", "source", "model", "snapshot"]),
     ("generate", &["event"]),
     ("config", &["event", "feature", "source", "merge", "join", "model", "train", "snapshot"]),
     (
@@ -90,6 +90,10 @@ const FOREIGN: &[(&str, &[&str])] = &[
     ("toml", &["src/config.rs"]),
     ("rdkafka", &["src/source/kafka/"]),
     ("rand_pcg", &["src/generate.rs"]),
+    ("candle_core", &["src/model/"]),
+    ("candle_nn", &["src/model/"]),
+    ("gemm", &["src/model/tower.rs"]),
+    ("rayon", &["src/model/two_tower.rs"]),
     ("mimalloc", &["src/main.rs"]),
 ];
 

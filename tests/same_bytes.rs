@@ -7,7 +7,7 @@ use std::io::Write as _;
 use std::path::Path;
 use std::time::Duration;
 
-use common::{Job, generate, outcome, summary};
+use common::{Job, generate, outcome, summary, train_through_kills};
 use rand_pcg::Pcg64Mcg;
 use rand_pcg::rand_core::{Rng as _, SeedableRng as _};
 use tidemill::feature::schema::{row_of, seed_of};
@@ -197,28 +197,6 @@ fn memory_holds_the_disorder_of_impressions_and_not_their_window() {
     println!("most impressions pending: {short} with a window of 5 s, {long} with one of 10 m");
     // Two minutes are 3600 impressions, ten are all 18000. What is held is the disorder bound (60) and the chunks just read.
     assert!(short < 2000 && long < 2000);
-}
-
-/// Kills jobs with SIGKILL at random moments, `kills` times in all, and lets them go on. A job that comes to its end all
-/// the same gives its summary and is followed by a fresh one; the last one is let finish.
-fn train_through_kills(kills: usize, seed: u64, new: impl Fn() -> Job) -> (Vec<serde_json::Value>, Job) {
-    println!("seed {seed}");
-    let mut chance = Pcg64Mcg::seed_from_u64(seed);
-    let (mut ends, mut job, mut killed) = (Vec::new(), new(), 0);
-    while killed < kills {
-        let mut child = job.command(&["--json", "--until-end"]).spawn().unwrap();
-        std::thread::sleep(Duration::from_millis(20 + chance.next_u64() % 300));
-        if child.try_wait().unwrap().is_some() {
-            ends.push(summary(&child.wait_with_output().unwrap()));
-            job = new();
-            continue;
-        }
-        child.kill().unwrap();
-        child.wait().unwrap();
-        killed += 1;
-    }
-    ends.push(job.train(&["--until-end"]));
-    (ends, job)
 }
 
 #[test]

@@ -5,9 +5,11 @@ use std::cell::Cell;
 
 use serde_json::json;
 use tidemill::feature::Schema;
+use tidemill::model::tower::Activation;
+use tidemill::model::two_tower::{self, Side};
 use tidemill::serve::{Model, Scorer};
 use tidemill::snapshot::manifest::{Build, Kind, MANIFEST_FORMAT};
-use tidemill::snapshot::{Epoch, Facts, Golden, Manifest, ModelInfo, Snapshot, Version, Weights};
+use tidemill::snapshot::{Epoch, Facts, Golden, Manifest, ModelInfo, Snapshot, Towers, Version, Weights};
 
 thread_local! {
     static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
@@ -32,7 +34,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-fn model() -> Model {
+fn model(with_towers: bool) -> Model {
     let features = json!([{"name": "user"}, {"name": "age", "kind": "numeric"}, {"name": "history", "kind": "sequence"},
         {"name": "item", "from": "item.id"}, {"name": "tags", "from": "item.tags", "kind": "multi"}, {"name": "price"}]);
     let crosses = json!([{"of": ["user", "item"]}, {"of": ["history", "tags"]}, {"of": ["user", "age"]}]);
@@ -45,6 +47,27 @@ fn model() -> Model {
     let mut ids = default_rows.clone();
     ids.sort_unstable();
     let values = (1..=ids.len()).map(|i| i as f32).collect();
+    let mut weights = Weights::new(ids.clone(), values, 0.5, default_rows.clone()).unwrap();
+    let mut golden = Golden::new(&[], 0.5);
+    if with_towers {
+        // User, age and history are of the user; item, tags and price of the item; crosses of neither.
+        let side = |i| (i < 6).then_some(if i < 3 { Side::User } else { Side::Item });
+        let layout = two_tower::Layout {
+            sides: (0..schema.len()).map(side).collect(),
+            dim: 16,
+            layers: vec![64, 32],
+            activation: Activation::Relu,
+            layer_norm: true,
+            normalize: true,
+        };
+        let mut seen = default_rows[..6].to_vec();
+        seen.sort_unstable();
+        let rows = (0..seen.len() * layout.dim).map(|i| (i % 7) as f32 - 3.0).collect();
+        let params = (0..layout.pair().len).map(|i| (i % 11) as f32 * 0.01 - 0.05).collect();
+        weights = weights.with_towers(Towers::new(layout, seen, rows, params, &default_rows).unwrap());
+        golden = Golden::new(&[], weights.logit(&[]));
+        assert_ne!(golden.logit, 0.5);
+    }
     let manifest = Manifest {
         format: MANIFEST_FORMAT.to_owned(),
         version: Version(1),
@@ -55,18 +78,17 @@ fn model() -> Model {
         created: tidemill::event::Time(0),
         kind: Kind::Full,
         objects: Vec::new(),
-        rows: ids.len() as u64,
+        rows: weights.rows() as u64,
         facts: Facts::default(),
         model: ModelInfo {
-            kind: "logistic".to_owned(),
+            kind: weights.kind().to_owned(),
             schema: serde_json::from_str(&schema.to_json()).unwrap(),
             schema_hash: schema.hash(),
             ..ModelInfo::default()
         },
         build: Build::this(),
-        golden: vec![Golden::new(&[], 0.5)],
+        golden: vec![golden],
     };
-    let weights = Weights::new(ids, values, 0.5, default_rows).unwrap();
     Model::new(Snapshot { manifest, weights }).unwrap()
 }
 
@@ -82,8 +104,8 @@ fn body(candidates: usize) -> String {
 }
 
 /// Allocations of one request that comes after others like it.
-fn count(candidates: usize) -> u64 {
-    let (model, body, mut scorer) = (model(), body(candidates), Scorer::new());
+fn count(candidates: usize, with_towers: bool) -> u64 {
+    let (model, body, mut scorer) = (model(with_towers), body(candidates), Scorer::new());
     let mut run = || scorer.score_body(&model, body.as_bytes(), 1000).unwrap().0.len();
     run();
     let before = ALLOCATIONS.get();
@@ -94,6 +116,8 @@ fn count(candidates: usize) -> u64 {
 
 #[test]
 fn a_warm_scorer_allocates_nothing() {
-    assert_eq!(count(1), 0);
-    assert_eq!(count(500), 0);
+    for with_towers in [false, true] {
+        assert_eq!(count(1, with_towers), 0);
+        assert_eq!(count(500, with_towers), 0);
+    }
 }

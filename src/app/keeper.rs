@@ -158,8 +158,8 @@ impl Writer {
             counts: image.counts,
             delays: image.delays.clone(),
             fuse: image.fuse,
-            periods: model.periods.clone(),
-            features: model.counts.clone(),
+            periods: model.logistic.periods.clone(),
+            features: model.logistic.counts.clone(),
             predictions,
         };
         self.store.write(self.next, &head, &image::arrays(image, &model), &list)?;

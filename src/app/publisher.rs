@@ -7,9 +7,12 @@ use std::time::{Duration, Instant};
 use crate::clock;
 use crate::config::Checked;
 use crate::event::Slot;
+use crate::model;
+use crate::snapshot::codec;
 use crate::snapshot::manifest::PartitionPosition;
 use crate::snapshot::publish::Plan;
 use crate::snapshot::retain::retain;
+use crate::snapshot::towers::Towers;
 use crate::snapshot::{self, Facts, Golden, ModelInfo, Outcome, Publisher, Remedy, Store, Version, Weights};
 use crate::telemetry::{self, Stage};
 use crate::train::core::Image;
@@ -21,7 +24,6 @@ pub struct Job {
     pub image: Image,
     pub report: progressive::Report,
     pub golden: Vec<Vec<Slot>>,
-    pub default_rows: Vec<u64>,
 }
 
 #[derive(Default)]
@@ -63,11 +65,9 @@ impl Handle {
         let plan = settings.check()?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let model = ModelInfo {
-            kind: "logistic".to_owned(),
+            kind: checked.config.model.kind_name().to_owned(),
             // By way of text, which keeps an f32 as short as it is.
-            config: serde_json::to_string(&checked.config.model)
-                .and_then(|text| serde_json::from_str(&text))
-                .expect("plain data"),
+            config: serde_json::from_str(&checked.config.model.in_use()).expect("plain data"),
             schema: serde_json::from_str(&checked.schema.to_json()).expect("the schema writes JSON"),
             schema_hash: checked.schema.hash(),
         };
@@ -76,7 +76,8 @@ impl Handle {
         let shared = Arc::new(Shared::default());
         lock(&shared).last = publisher.newest().map(|(version, _)| version);
         let (ours, window) = (Arc::clone(&shared), checked.join.window);
-        let worker = Worker { publisher, store, plan, runtime, window, swept: None };
+        let model = checked.model.clone();
+        let worker = Worker { publisher, store, plan, runtime, model, window, swept: None };
         let body = move || worker.run(&ours);
         let thread = thread::Builder::new().name("publish".into()).spawn(body)?;
         Ok(Self { shared, thread: Some(thread) })
@@ -149,6 +150,7 @@ struct Worker {
     store: Store,
     plan: Plan,
     runtime: tokio::runtime::Runtime,
+    model: model::Checked,
     /// Attribution window, ms.
     window: i64,
     /// When versions that are no longer needed were last removed.
@@ -220,10 +222,11 @@ impl Worker {
         let image = &job.image;
         let model = image.model.sorted();
         let digests = image::digests(image, &model, self.window);
-        let weights = Weights::new(model.rows.ids, model.rows.w, model.intercept.w as f32, job.default_rows.clone())
-            .map_err(|error| snapshot::Error::Unfit(error.to_string()))?;
+        let tables = table_counts(&model);
+        let weights = weights(&self.model, model).map_err(|error| snapshot::Error::Unfit(error.to_string()))?;
         let golden = golden(job, &weights);
-        let facts = facts(job, digests);
+        let mut facts = facts(job, digests);
+        facts.counts.extend(tables);
         let mut wait = Duration::from_millis(200);
         for attempt in 1.. {
             match self.runtime.block_on(self.publisher.publish(&weights, facts.clone(), &golden)) {
@@ -237,6 +240,26 @@ impl Worker {
         }
         unreachable!("the last attempt returns")
     }
+}
+
+/// Rows of each table, and what became of ids, for the counts in a manifest.
+fn table_counts(model: &model::State) -> Vec<(String, u64)> {
+    let mut counts = vec![("logistic_rows".to_owned(), model.logistic.rows.ids.len() as u64)];
+    if let Some(towers) = &model.towers {
+        counts.push(("embedding_rows".to_owned(), towers.rows.ids.len() as u64));
+        counts.extend(towers.counts.named().map(|(name, n)| (format!("embedding_{name}"), n)));
+    }
+    counts
+}
+
+/// What is published of a model.
+fn weights(checked: &model::Checked, state: model::State) -> Result<Weights, codec::Error> {
+    let logistic = state.logistic;
+    let intercept = logistic.intercept.w as f32;
+    let weights = Weights::new(logistic.rows.ids, logistic.rows.w, intercept, checked.default_rows.clone())?;
+    let (Some(checked), Some(towers)) = (&checked.towers, state.towers) else { return Ok(weights) };
+    let towers = Towers::new(checked.layout(), towers.rows.ids, towers.rows.w, towers.params, weights.default_rows())?;
+    Ok(weights.with_towers(towers))
 }
 
 /// What the manifest says of a job's image.
@@ -273,7 +296,7 @@ fn golden(job: &Job, weights: &Weights) -> Vec<Golden> {
 
 /// An id near `row` that has no row.
 fn unknown(row: u64, weights: &Weights) -> u64 {
-    (1..).map(|step| row.wrapping_add(step)).find(|id| *id != 0 && !weights.knows(*id)).expect("fewer than 2^64 rows")
+    (1..).map(|step| row.wrapping_add(step)).find(|id| *id != 0 && !weights.has(*id)).expect("fewer than 2^64 rows")
 }
 
 /// An error and its causes on one line.

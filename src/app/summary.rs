@@ -43,6 +43,8 @@ pub struct Summary {
     pub new_id_rate: BTreeMap<String, f64>,
     pub rows: usize,
     pub model_bytes: usize,
+    /// By table: `rows`, `bytes`, and what became of ids.
+    pub tables: BTreeMap<&'static str, BTreeMap<&'static str, u64>>,
     pub peak_pending_impressions: usize,
     pub examples_this_run: u64,
     pub impressions_this_run: u64,
@@ -76,6 +78,10 @@ pub fn summary(checked: &Checked, core: &Core, image: &Image, digests: Digests, 
             named.map(|(i, n)| (checked.schema.name(i).to_owned(), *n as f64 / features.examples.max(1) as f64));
         named.collect::<BTreeMap<_, _>>()
     };
+    let tables = core.model.tables().into_iter().map(|table| {
+        let sizes = [("rows", table.rows as u64), ("bytes", table.bytes as u64)];
+        (table.name, sizes.into_iter().chain(table.ids).collect())
+    });
     let examples = image.place.examples - run.first_example;
     let impressions = image.counts.impressions - run.first_impression;
     Summary {
@@ -100,8 +106,9 @@ pub fn summary(checked: &Checked, core: &Core, image: &Image, digests: Digests, 
         last_window: open,
         missing_rate: rate(&features.missing),
         new_id_rate: rate(&features.unseen),
-        rows: core.model.len(),
+        rows: core.model.rows(),
         model_bytes: core.model.bytes(),
+        tables: tables.collect(),
         peak_pending_impressions: run.peak_pending,
         examples_this_run: examples,
         impressions_this_run: impressions,

@@ -21,7 +21,6 @@ use crate::event::Time;
 use crate::join::Join;
 use crate::join::fuse::Fuse;
 use crate::merge::{self, Key, Merge, PartitionPosition, WaitReason};
-use crate::model::logistic::Logistic;
 use crate::telemetry::{self, Stage};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::core::{Advance, Core, Sampling};
@@ -69,7 +68,6 @@ pub fn run(
         }
     };
     let mut next_checkpoint = 1;
-    let default_rows: Vec<u64> = (0..checked.schema.len()).map(|feature| checked.schema.default_row(feature)).collect();
     let (restored, model, measured, predictions_at) = match loaded {
         Some(loaded) => {
             let dir = config.checkpoint.as_ref().map(|settings| settings.dir.clone()).unwrap_or_default();
@@ -78,13 +76,13 @@ pub fn run(
             let seen =
                 loaded.segments.iter().map(|(_, arrays)| image::read_segment(arrays)).collect::<Result<Vec<_>, _>>()?;
             let (restored, state, words) = image::read(&head, &loaded.arrays, seen)?;
-            let model = Logistic::from_state(checked.logistic, default_rows.clone(), state)?;
+            let model = checked.model.resume(state)?;
             let measured = Progressive::import(&config.metrics, &words)?;
             tracing::info!(number = loaded.number, examples = head.place.examples, "resuming from a checkpoint");
             (Some(restored), model, measured, head.predictions)
         }
         None => {
-            let model = Logistic::new(checked.logistic, default_rows.clone());
+            let model = checked.model.start()?;
             (None, model, Progressive::new(&config.metrics)?, None)
         }
     };
@@ -133,7 +131,6 @@ pub fn run(
         checked,
         publisher,
         keeper,
-        default_rows,
         last_checkpoint: Instant::now(),
         batches_at_checkpoint: core.place().batches,
         last_publish: None,
@@ -208,6 +205,9 @@ pub fn run(
             if let Some(frontier) = core.place().frontier {
                 let (counts, waiting) = core.join().settled();
                 telemetry::boundary(counts, &core.merge().counts(), waiting, frontier.time, core.place().batches);
+                for table in core.model.tables() {
+                    telemetry::table(table.name, table.rows, table.bytes, &table.ids);
+                }
             }
             input.report(&core.positions());
             input.commit(&durable);
@@ -313,7 +313,6 @@ struct Running<'a> {
     checked: &'a Checked,
     publisher: Option<Handle>,
     keeper: Option<Keeper>,
-    default_rows: Vec<u64>,
     last_checkpoint: Instant,
     batches_at_checkpoint: u64,
     last_publish: Option<Instant>,
@@ -377,12 +376,7 @@ impl Running<'_> {
     }
 
     fn job(&self, core: &Core) -> Job {
-        Job {
-            image: core.image(),
-            report: core.progress.report(),
-            golden: core.golden(),
-            default_rows: self.default_rows.clone(),
-        }
+        Job { image: core.image(), report: core.progress.report(), golden: core.golden() }
     }
 
     /// Writes a checkpoint of the last boundary and waits for it.

@@ -53,6 +53,9 @@ struct Explained<'a> {
     logit: f32,
     prediction: f64,
     intercept: f32,
+    /// What the towers add, where the model has any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    towers: Option<f32>,
     contributions: Vec<Part<'a>>,
 }
 
@@ -181,6 +184,7 @@ impl Score {
             logit,
             prediction,
             intercept: weights.intercept(),
+            towers: weights.towers().map(|towers| towers.product(slots)),
             contributions: slots.iter().map(part).collect(),
         };
         writeln!(out, "{}", serde_json::to_string(&explained)?)?;

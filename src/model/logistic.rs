@@ -13,12 +13,12 @@
 //! `logit = sum over slots, in their order, of w[row] * value, then + intercept`, all in f32. A batch is only a number for
 //! `touched` and a moment for decay: learning does not see where batches, or the blocks below, begin and end.
 
-use std::time::Duration;
-
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::Error;
+use super::decay::Decay;
+pub use super::decay::DecaySettings;
 use super::table::{At, Row, Rows, Table};
 use crate::event::{Example, Slot, Time};
 
@@ -73,25 +73,6 @@ impl Default for Settings {
     }
 }
 
-/// Each time event time crosses a multiple of `per`, every accumulator above `floor` becomes `max(floor, n * keep)`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct DecaySettings {
-    /// Length of a period of event time. Default 1d.
-    #[serde(with = "humantime_serde")]
-    pub per: Duration,
-    /// What is left of an accumulator after a period. `0 < keep < 1`. Default 0.9.
-    pub keep: f64,
-    /// Decay takes no accumulator below it, so a row that rests keeps a sane rate. `>= 0`. Default 10.
-    pub floor: f64,
-}
-
-impl Default for DecaySettings {
-    fn default() -> Self {
-        Self { per: Duration::from_secs(24 * 60 * 60), keep: 0.9, floor: 10.0 }
-    }
-}
-
 impl Settings {
     /// The learning rate under a schema of so many features and crosses.
     #[must_use]
@@ -114,16 +95,8 @@ impl Settings {
         must(c + n0.sqrt() >= 1e-6, "n0", "above 1e-12 where b and l2 are 0: the first step would divide by 0", n0)?;
         let ctr = prior_ctr.unwrap_or(0.5);
         must(ctr > 0.0 && ctr < 1.0, "prior_ctr", "between 0 and 1, both exclusive", ctr)?;
-        let decay = match decay {
-            Some(DecaySettings { per, keep, floor }) => {
-                let per_ms = i64::try_from(per.as_millis()).unwrap_or(0);
-                must(per_ms > 0, "decay.per", "at least 1ms", humantime_serde::re::humantime::format_duration(*per))?;
-                must(*keep > 0.0 && *keep < 1.0, "decay.keep", "between 0 and 1, both exclusive", keep)?;
-                must((0.0..=1e30).contains(floor), "decay.floor", "between 0 and 1e30", floor)?;
-                Some(Decay { per_ms, keep: *keep, floor: *floor })
-            }
-            None => None,
-        };
+        let keys = ["decay.per", "decay.keep", "decay.floor"];
+        let decay = decay.as_ref().map(|decay| decay.check(keys)).transpose()?;
         Ok(Checked { rule, a, b, n0, l1, c, start: libm::log(ctr / (1.0 - ctr)), decay })
     }
 }
@@ -150,20 +123,6 @@ impl Checked {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Decay {
-    per_ms: i64,
-    keep: f64,
-    floor: f64,
-}
-
-impl Decay {
-    /// `n` after `periods` periods, in closed form. What is at or below the floor stays.
-    fn after(self, periods: i64, n: f64) -> f64 {
-        if n > self.floor { self.floor.max(n * libm::pow(self.keep, periods as f64)) } else { n }
-    }
-}
-
 /// What the model said to one example, before it learned from it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Outcome {
@@ -171,6 +130,8 @@ pub struct Outcome {
     pub logit: f32,
     /// `exp(-|logit|)`, which sigmoid and logloss share.
     pub e: f32,
+    /// Of its loss by its logit, weight included; 0 if quarantined.
+    pub gradient: f32,
     /// The example was not finite or out of bounds; it changed nothing.
     pub quarantined: bool,
 }
@@ -218,18 +179,6 @@ impl State {
     /// xxh3-128 over parameters and optimizer (not the counts), little-endian, each column led by its length.
     #[must_use]
     pub fn digest(&self) -> u128 {
-        fn column<const N: usize>(hash: &mut Xxh3, len: usize, words: impl Iterator<Item = [u8; N]>) {
-            hash.update(&(len as u64).to_le_bytes());
-            let mut buffer = Vec::with_capacity(1 << 16);
-            for word in words {
-                buffer.extend_from_slice(&word);
-                if buffer.len() >= (1 << 16) - N {
-                    hash.update(&buffer);
-                    buffer.clear();
-                }
-            }
-            hash.update(&buffer);
-        }
         let mut hash = Xxh3::new();
         let rows = &self.rows;
         hash.update(b"tidemill logistic 1");
@@ -247,6 +196,20 @@ impl State {
         column(&mut hash, self.periods.len(), periods);
         hash.digest128()
     }
+}
+
+/// Takes a column into a digest, led by its length.
+pub(super) fn column<const N: usize>(hash: &mut Xxh3, len: usize, words: impl Iterator<Item = [u8; N]>) {
+    hash.update(&(len as u64).to_le_bytes());
+    let mut buffer = Vec::with_capacity(1 << 16);
+    for word in words {
+        buffer.extend_from_slice(&word);
+        if buffer.len() >= (1 << 16) - N {
+            hash.update(&buffer);
+            buffer.clear();
+        }
+    }
+    hash.update(&buffer);
 }
 
 /// What a snapshot holds: ids strictly ascending, their weights, and the bias.
@@ -400,7 +363,21 @@ impl Logistic {
     /// # Panics
     /// If `batch` is 0 (kept for rows never touched) or less than the one before.
     pub fn learn(&mut self, batch: u32, time: Time, examples: &[Example<'_>], outcomes: &mut Vec<Outcome>) {
-        self.learn_in_blocks(batch, time, examples, outcomes, BLOCK);
+        self.learn_in_blocks(batch, time, examples, &[], outcomes, BLOCK);
+    }
+
+    /// The same where another part of a model adds to each logit: `offsets` holds one for each example. One that is not
+    /// finite quarantines its example.
+    pub fn learn_beside(
+        &mut self,
+        batch: u32,
+        time: Time,
+        examples: &[Example<'_>],
+        offsets: &[f32],
+        outcomes: &mut Vec<Outcome>,
+    ) {
+        assert_eq!(examples.len(), offsets.len(), "an offset for each example");
+        self.learn_in_blocks(batch, time, examples, offsets, outcomes, BLOCK);
     }
 
     fn learn_in_blocks(
@@ -408,6 +385,7 @@ impl Logistic {
         batch: u32,
         time: Time,
         examples: &[Example<'_>],
+        offsets: &[f32],
         outcomes: &mut Vec<Outcome>,
         block: usize,
     ) {
@@ -415,22 +393,24 @@ impl Logistic {
         self.batch = batch;
         outcomes.clear();
         if let Some(decay) = self.rule.decay {
-            let period = time.0.div_euclid(decay.per_ms);
-            if self.periods.last().is_none_or(|&(_, last)| last < period) {
-                self.periods.push((batch, period));
-            }
-            self.since = self.periods.last().map_or(0, |&(first, _)| first);
+            self.since = decay.enter(&mut self.periods, batch, time);
         }
         match (self.rule.rule, self.rule.l1 > 0.0) {
-            (Rule::Adagrad, false) => self.walk::<ADAGRAD>(examples, outcomes, block),
-            (Rule::Adagrad, true) => self.walk::<FTRL>(examples, outcomes, block),
-            (Rule::Count, _) => self.walk::<COUNT>(examples, outcomes, block),
+            (Rule::Adagrad, false) => self.walk::<ADAGRAD>(examples, offsets, outcomes, block),
+            (Rule::Adagrad, true) => self.walk::<FTRL>(examples, offsets, outcomes, block),
+            (Rule::Count, _) => self.walk::<COUNT>(examples, offsets, outcomes, block),
         }
     }
 
     /// Three passes over each block of examples: ask the memory for its lines (one block ahead), find its rows, then
     /// compute in order. Only the last one writes, so an id that is new in a block is looked up again there.
-    fn walk<const KERNEL: u8>(&mut self, examples: &[Example<'_>], outcomes: &mut Vec<Outcome>, block: usize) {
+    fn walk<const KERNEL: u8>(
+        &mut self,
+        examples: &[Example<'_>],
+        offsets: &[f32],
+        outcomes: &mut Vec<Outcome>,
+        block: usize,
+    ) {
         let mut found = std::mem::take(&mut self.found);
         let mut blocks = examples.chunks(block).peekable();
         blocks.peek().into_iter().for_each(|block| self.prefetch(*block));
@@ -456,7 +436,8 @@ impl Logistic {
                 self.prefetch(ahead.next());
                 let (mine, others) = rest.split_at_mut(example.slots.len());
                 rest = others;
-                outcomes.push(self.one::<KERNEL>(example, mine));
+                let offset = offsets.get(outcomes.len()).copied().unwrap_or(0.0);
+                outcomes.push(self.one::<KERNEL>(example, offset, mine));
             }
         }
         self.found = found;
@@ -473,7 +454,7 @@ impl Logistic {
 
     /// Scores one example, then learns from it.
     #[inline]
-    fn one<const KERNEL: u8>(&mut self, example: &Example<'_>, found: &mut [At]) -> Outcome {
+    fn one<const KERNEL: u8>(&mut self, example: &Example<'_>, beside: f32, found: &mut [At]) -> Outcome {
         let slots = example.slots;
         let unseen = found.contains(&At::NONE) && self.find_again(slots, found);
         let mut seen = Seen { largest: 0, lowest: u64::MAX, flags: 0 };
@@ -488,11 +469,11 @@ impl Logistic {
                 sum += open.w(at) * slot.value;
             }
         }
-        let logit = if KERNEL == COUNT { 0.0 } else { sum + self.intercept() };
+        let logit = if KERNEL == COUNT { 0.0 } else { sum + self.intercept() + beside };
         let Example { weight, sampling_offset: offset, .. } = *example;
         let fit = seen.largest <= LARGEST.to_bits() && seen.lowest > 0 && logit.is_finite();
         if !(fit && weight > 0.0 && weight <= LARGEST && offset.abs() <= LARGEST_OFFSET) {
-            return Outcome { logit: 0.0, e: 1.0, quarantined: true };
+            return Outcome { logit: 0.0, e: 1.0, gradient: 0.0, quarantined: true };
         }
         let e = libm::expf(-logit.abs());
         let x = logit + offset;
@@ -514,7 +495,7 @@ impl Logistic {
             }
         }
         self.step_intercept::<KERNEL>(f64::from(d));
-        Outcome { logit, e, quarantined: false }
+        Outcome { logit, e, gradient: d, quarantined: false }
     }
 
     /// [`Logistic::step`] for every slot under [`ADAGRAD`], with the roots and quotients of eight rows side by side. A step
@@ -641,14 +622,7 @@ impl Logistic {
 
     #[cold]
     fn decayed(&self, n: f64, touched: u32) -> f64 {
-        let period_of = |batch: u32| {
-            let next = self.periods.partition_point(|&(first, _)| first <= batch);
-            self.periods[next.saturating_sub(1)].1
-        };
-        match self.rule.decay {
-            Some(decay) => decay.after(period_of(self.batch) - period_of(touched), n),
-            None => n,
-        }
+        self.rule.decay.map_or(n, |decay| decay.rested(&self.periods, self.batch, touched, n))
     }
 
     /// The logit of an example with these slots. An id without a row counts as its feature's default row, and as 0
@@ -755,6 +729,7 @@ mod tests {
     use rand_pcg::Pcg64Mcg;
     use rand_pcg::rand_core::{Rng, SeedableRng};
     use std::collections::HashMap;
+    use std::time::Duration;
 
     const DEFAULTS: [u64; 3] = [u64::MAX / 7, u64::MAX / 3, u64::MAX / 2];
 
@@ -850,7 +825,7 @@ mod tests {
             logit += self.intercept.0 as f32;
             let fine = |slot: &Slot| slot.value.is_finite() && slot.value.abs() <= 1e6 && slot.row != 0;
             if !(example.slots.iter().all(fine) && example.weight.is_finite() && logit.is_finite()) {
-                return Outcome { logit: 0.0, e: 1.0, quarantined: true };
+                return Outcome { logit: 0.0, e: 1.0, gradient: 0.0, quarantined: true };
             }
             if self.s.rule == Rule::Count {
                 logit = 0.0;
@@ -876,7 +851,7 @@ mod tests {
                 (w - f64::from(self.s.rate(16)) * g / (root + f64::from(self.s.b)), n)
             };
             self.intercept = (w, n, batch);
-            Outcome { logit, e: libm::expf(-logit.abs()), quarantined: false }
+            Outcome { logit, e: libm::expf(-logit.abs()), gradient: d, quarantined: false }
         }
     }
 
@@ -940,7 +915,7 @@ mod tests {
                     ours = Logistic::from_state(settings.check(16).unwrap(), DEFAULTS.to_vec(), state.clone()).unwrap();
                     prop_assert_eq!(ours.state().digest(), state.digest());
                 }
-                ours.learn_in_blocks(batch, time, examples, &mut outcomes, block);
+                ours.learn_in_blocks(batch, time, examples, &[], &mut outcomes, block);
                 let expected: Vec<_> = examples.iter().map(|example| plain.learn(batch, time, example)).collect();
                 prop_assert_eq!(&outcomes, &expected);
             }
@@ -1073,20 +1048,6 @@ mod tests {
             assert_eq!(row(&before) == row(&after), ![6, 8].contains(id), "row {id}");
         }
         assert_eq!(ours.rows_touched_after(1).ids, [6, 8]);
-    }
-
-    #[test]
-    fn decay_in_closed_form_equals_stepping_through_the_periods() {
-        let decay = Decay { per_ms: 1, keep: 0.9, floor: 2.0 };
-        for n in [0.5, 2.0, 2.1, 7.0, 1e6] {
-            let mut stepped = n;
-            for periods in 0..200 {
-                let closed = decay.after(periods, n);
-                assert!((closed - stepped).abs() <= 1e-12 * stepped, "{closed} against {stepped} after {periods}");
-                stepped = decay.after(1, stepped);
-            }
-            assert_eq!(stepped, if n < 2.0 { n } else { 2.0 });
-        }
     }
 
     #[test]

@@ -3,14 +3,160 @@
 //! A model knows nothing of streams, files or clocks: it takes numbered batches of encoded examples in their order, and
 //! the same batches give the same bytes.
 
+mod decay; // forgetting of accumulators, by periods of event time
+pub mod embedding; // id -> vector, accumulators, touched; in stripes
 pub mod logistic; // per-coordinate AdaGrad / FTRL-Proximal, example by example
+pub mod optim; // Adam and AdaGrad of the dense parameters
 pub mod table; // id -> (w, n, touched), three rows a cache line
+pub mod tower; // the dense part of the two-tower model: on slices, in Candle
+pub mod two_tower; // both, and a batch's whole step beside the logistic part
+
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::event::{Example, Time};
+use logistic::{FeatureCounts, Logistic, Outcome};
+use two_tower::TwoTower;
 
 /// Why a model could not be made from its settings or from a stored state.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("`model.{key}` must be {expected}, got {got}")]
     Setting { key: &'static str, expected: &'static str, got: String },
+    #[error("{threads} threads for the towers cannot be started: {reason}")]
+    Threads { threads: usize, reason: String },
     #[error("the stored {part} does not fit: {what}; it is damaged or of another model, take an older checkpoint")]
     State { part: &'static str, what: String },
+}
+
+/// Settings of a model that were found good, which alone can make one.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Checked {
+    pub logistic: logistic::Checked,
+    /// None: the model is the logistic part alone.
+    pub towers: Option<two_tower::Checked>,
+    /// Row id of each feature's default row, by feature.
+    pub default_rows: Vec<u64>,
+    /// Threads that compute. Does not show in the result.
+    pub threads: usize,
+}
+
+impl Checked {
+    /// A model that knows nothing.
+    pub fn start(&self) -> Result<Model, Error> {
+        let logistic = Logistic::new(self.logistic, self.default_rows.clone());
+        let towers = self.towers.clone().map(|towers| TwoTower::new(towers, self.default_rows.clone(), self.threads));
+        Ok(Model { logistic, towers: towers.transpose()?.map(Box::new) })
+    }
+
+    /// The model that goes on from `state`.
+    pub fn resume(&self, state: State) -> Result<Model, Error> {
+        let logistic = Logistic::from_state(self.logistic, self.default_rows.clone(), state.logistic)?;
+        let towers = match (self.towers.clone(), state.towers) {
+            (None, None) => None,
+            (Some(checked), Some(state)) => {
+                Some(Box::new(TwoTower::from_state(checked, self.default_rows.clone(), self.threads, state)?))
+            }
+            (Some(_), None) => return Err(Error::State { part: "towers", what: "it has none".to_owned() }),
+            (None, Some(_)) => return Err(Error::State { part: "model", what: "it has towers".to_owned() }),
+        };
+        Ok(Model { logistic, towers })
+    }
+}
+
+/// The size of a sparse table, and what became of ids, by name, since the start of the lineage.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TableFigures {
+    pub name: &'static str,
+    pub rows: usize,
+    pub bytes: usize,
+    pub ids: Vec<(&'static str, u64)>,
+}
+
+/// A model of either kind: the logistic part, and towers beside it where there are any.
+pub struct Model {
+    pub logistic: Logistic,
+    pub towers: Option<Box<TwoTower>>,
+}
+
+impl Model {
+    /// Scores and learns the examples of batch number `batch`, and leaves one outcome for each; see [`Logistic::learn`] and
+    /// [`TwoTower::learn`].
+    pub fn learn(&mut self, batch: u32, time: Time, examples: &[Example<'_>], outcomes: &mut Vec<Outcome>) {
+        match &mut self.towers {
+            Some(towers) => towers.learn(&mut self.logistic, batch, time, examples, outcomes),
+            None => self.logistic.learn(batch, time, examples, outcomes),
+        }
+    }
+
+    #[must_use]
+    pub fn counts(&self) -> &FeatureCounts {
+        self.logistic.counts()
+    }
+
+    /// Rows of all tables.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.logistic.len() + self.towers.as_ref().map_or(0, |towers| towers.rows())
+    }
+
+    /// Memory of the tables, in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.logistic.bytes() + self.towers.as_ref().map_or(0, |towers| towers.bytes())
+    }
+
+    /// What there is to say of each sparse table.
+    #[must_use]
+    pub fn tables(&self) -> Vec<TableFigures> {
+        let Self { logistic, towers } = self;
+        let mut tables =
+            vec![TableFigures { name: "logistic", rows: logistic.len(), bytes: logistic.bytes(), ids: Vec::new() }];
+        tables.extend(towers.as_ref().map(|towers| TableFigures {
+            name: "embedding",
+            rows: towers.rows(),
+            bytes: towers.bytes(),
+            ids: towers.counts().named().to_vec(),
+        }));
+        tables
+    }
+
+    /// A plain copy, at the speed of memory; [`Image::sorted`] makes the state of it, on any thread.
+    #[must_use]
+    pub fn image(&self) -> Image {
+        Image { logistic: self.logistic.image(), towers: self.towers.as_ref().map(|towers| towers.image()) }
+    }
+}
+
+/// A copy of a model at a batch boundary.
+pub struct Image {
+    logistic: logistic::Image,
+    towers: Option<two_tower::Image>,
+}
+
+impl Image {
+    /// Does the work that the copy left undone: canonical order.
+    #[must_use]
+    pub fn sorted(&self) -> State {
+        State { logistic: self.logistic.sorted(), towers: self.towers.as_ref().map(two_tower::Image::sorted) }
+    }
+}
+
+/// What a checkpoint holds of a model: all that learning depends on.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct State {
+    pub logistic: logistic::State,
+    pub towers: Option<two_tower::State>,
+}
+
+impl State {
+    /// xxh3-128 over parameters and optimizers.
+    #[must_use]
+    pub fn digest(&self) -> u128 {
+        let logistic = self.logistic.digest();
+        let Some(towers) = &self.towers else { return logistic };
+        let mut hash = Xxh3::new();
+        hash.update(&logistic.to_le_bytes());
+        towers.add_to(&mut hash);
+        hash.digest128()
+    }
 }

@@ -22,6 +22,7 @@ pub mod index;
 pub mod model;
 pub mod reload;
 pub mod score;
+pub mod towers;
 
 use std::path::PathBuf;
 use std::time::Duration;

@@ -2,6 +2,7 @@
 
 use super::Error;
 use super::index::Index;
+use super::towers::{self, Towers};
 use crate::clock;
 use crate::event::{Slot, Time};
 use crate::feature::Overlay;
@@ -15,10 +16,11 @@ const AHEAD: usize = 24;
 pub struct Model {
     manifest: Manifest,
     schema: Schema,
-    index: Index,
+    index: Index<f32>,
     intercept: f32,
     /// Of each feature and cross: the weight of its default row.
     defaults: Vec<f32>,
+    towers: Option<Towers>,
     loaded: Time,
 }
 
@@ -38,7 +40,7 @@ impl Model {
         if weights.default_rows() != defaults {
             return Err(refuse("its default rows are not those of its schema".to_owned()));
         }
-        let index = Index::new(weights);
+        let index = Index::new(weights.ids(), weights.weights().iter().copied());
         let defaults = defaults.iter().map(|row| index.get(*row).unwrap_or(0.0)).collect();
         let mut model = Self {
             manifest: Manifest { golden: Vec::new(), ..manifest.clone() },
@@ -46,6 +48,7 @@ impl Model {
             index,
             intercept: weights.intercept(),
             defaults,
+            towers: weights.towers().map(Towers::new),
             loaded: clock::now(),
         };
         snapshot.prove(|slots| model.logit(slots))?;
@@ -75,28 +78,30 @@ impl Model {
         self.loaded
     }
 
-    /// Rows with a weight of their own.
+    /// Rows of all tables.
     #[must_use]
     pub fn rows(&self) -> usize {
-        self.index.len()
+        self.index.len() + self.towers.as_ref().map_or(0, Towers::rows)
     }
 
     /// Memory of the weights, in bytes.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.index.bytes()
+        self.index.bytes() + self.towers.as_ref().map_or(0, Towers::bytes)
     }
 
     /// Logit of an encoded example, bit for bit that of [`Weights::logit`](crate::snapshot::Weights::logit).
     #[must_use]
     pub fn logit(&self, slots: &[Slot]) -> f32 {
-        slots.iter().fold(0.0, |sum, slot| sum + self.term(slot)) + self.intercept
+        let logit = slots.iter().fold(0.0, |sum, slot| sum + self.term(slot)) + self.intercept;
+        self.towers.as_ref().map_or(logit, |towers| logit + towers.product(slots))
     }
 
     /// Adds the logit of each candidate to `out`: bit for bit the same as [`Model::logit`] of its whole record, but rows of
-    /// the context are looked up once. `terms` and `sums` are scratch.
+    /// the context are looked up once, and the user tower runs once if no candidate changes a feature of it.
     pub(super) fn logits(&self, overlay: &Overlay, scratch: &mut Scratch, out: &mut Vec<f32>) {
-        let Scratch { terms, sums } = scratch;
+        let Scratch { terms, sums, towers } = scratch;
+        let first = out.len();
         let (ground, starts) = (overlay.ground(), overlay.starts());
         let changed = overlay.slots();
         ground.iter().chain(changed.iter().take(AHEAD)).for_each(|slot| self.index.prefetch(slot.row));
@@ -129,6 +134,9 @@ impl Model {
             sum = terms[starts[next.min(features)]..].iter().fold(sum, |sum, term| sum + term);
             out.push(sum + self.intercept);
         }
+        if let Some(ours) = &self.towers {
+            ours.add_products(overlay, towers, &mut out[first..]);
+        }
     }
 
     #[inline(always)]
@@ -145,7 +153,9 @@ impl Model {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Scratch {
     terms: Vec<f32>,
+    /// The sum of all context slots in front of each feature.
     sums: Vec<f32>,
+    towers: towers::Scratch,
 }
 
 impl std::fmt::Debug for Model {

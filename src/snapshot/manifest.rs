@@ -57,7 +57,7 @@ pub struct Manifest {
     pub created: Time,
     pub kind: Kind,
     pub objects: Vec<ObjectRef>,
-    /// Rows of the sparse table.
+    /// Rows of all sparse tables.
     pub rows: u64,
     pub facts: Facts,
     pub model: ModelInfo,
@@ -124,7 +124,7 @@ pub struct PartitionPosition {
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ModelInfo {
-    /// `logistic`.
+    /// `logistic` or `two_tower`.
     pub kind: String,
     pub config: serde_json::Value,
     /// The feature schema, as in the training config.

@@ -1,6 +1,6 @@
 //! Versioned weights in a store: published so that readers see all of a version or none of it.
 //!
-//! [`codec`] turns arrays into canonical bytes, [`manifest`] says what a version holds, [`weights`] is the model as it
+//! [`codec`] turns arrays into canonical bytes, [`manifest`] says what a version holds, [`weights`] and [`towers`] are the model as it
 //! travels, [`decide`] holds the rules (pure), [`store`] talks to the store, [`publish`] and [`retain`] use it. The
 //! format and the protocol are written down in `docs/snapshot-format.md`.
 pub mod codec;
@@ -11,11 +11,13 @@ pub mod retain;
 pub mod store;
 #[cfg(test)]
 mod tests;
+pub mod towers;
 pub mod weights;
 
 pub use manifest::{Epoch, Facts, Golden, Manifest, ModelInfo, Version};
 pub use publish::{Outcome, Publisher, Settings};
 pub use store::{Follower, Snapshot, Store};
+pub use towers::Towers;
 pub use weights::Weights;
 
 /// What went wrong with a snapshot. Each message names the key in the store and what to do.

@@ -174,7 +174,7 @@ impl Publisher {
             created: clock::now(),
             kind: Kind::Full,
             objects: vec![object.clone()],
-            rows: weights.ids().len() as u64,
+            rows: weights.rows() as u64,
             facts,
             model: self.model.clone(),
             build: Build::this(),

@@ -144,14 +144,14 @@ impl Store {
         };
         let manifest = placed(version, &key, &sealed)?;
         let content = |reason: String| Error::Content { key: key.clone(), reason };
-        if manifest.model.kind != "logistic" {
+        let kind = &manifest.model.kind;
+        if !["logistic", "two_tower"].contains(&kind.as_str()) {
             return Err(content(format!(
-                "holds a model of kind `{}`, this reader knows `logistic`",
-                manifest.model.kind
+                "holds a model of kind `{kind}`, this reader knows `logistic` and `two_tower`"
             )));
         }
         let [object] = manifest.objects.as_slice() else {
-            return Err(content(format!("names {} objects, a logistic model has one", manifest.objects.len())));
+            return Err(content(format!("names {} objects, a model has one", manifest.objects.len())));
         };
         if object.name != object_key(object.digest) {
             return Err(content(format!("names `{}`, which does not fit its digest {}", object.name, object.digest)));
@@ -165,9 +165,12 @@ impl Store {
         };
         object.digest.check(object.length, &bytes).map_err(corrupt("bytes are not those that were published"))?;
         let arrays = Arrays::decode(&bytes, PAYLOAD_FORMAT).map_err(corrupt("cannot be read"))?;
-        let weights = Weights::from_arrays(&arrays).map_err(corrupt("does not hold a logistic model"))?;
-        if weights.ids().len() as u64 != manifest.rows {
-            return Err(content(format!("says {} rows, the payload has {}", manifest.rows, weights.ids().len())));
+        let weights = Weights::from_arrays(&arrays).map_err(corrupt("does not hold a model"))?;
+        if weights.kind() != manifest.model.kind {
+            return Err(content(format!("says `{}`, the payload holds a `{}`", manifest.model.kind, weights.kind())));
+        }
+        if weights.rows() as u64 != manifest.rows {
+            return Err(content(format!("says {} rows, the payload has {}", manifest.rows, weights.rows())));
         }
         let snapshot = Snapshot { manifest, weights };
         snapshot.prove(|slots| snapshot.logit(slots))?;

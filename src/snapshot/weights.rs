@@ -1,7 +1,8 @@
-//! The logistic model as it travels: sorted ids with their weights, and how a score is computed from them.
+//! The model as it travels: sorted ids with their weights, and how a score is computed from them.
 
 use super::codec::{Arrays, Error, Result};
 use super::manifest::Golden;
+use super::towers::Towers;
 use crate::event::Slot;
 
 const IDS: &str = "logistic.ids";
@@ -21,6 +22,7 @@ pub struct Weights {
     default_rows: Vec<u64>,
     /// Of each feature: the weight of its default row.
     defaults: Vec<f32>,
+    towers: Option<Towers>,
 }
 
 impl Weights {
@@ -46,15 +48,40 @@ impl Weights {
             return wrong(INTERCEPT, "finite", intercept.to_string());
         }
         let defaults = default_rows.iter().map(|row| find(&ids, *row).map_or(0.0, |at| weights[at])).collect();
-        Ok(Self { ids, weights, intercept, default_rows, defaults })
+        Ok(Self { ids, weights, intercept, default_rows, defaults, towers: None })
+    }
+
+    /// The same model with towers beside it.
+    #[must_use]
+    pub fn with_towers(self, towers: Towers) -> Self {
+        Self { towers: Some(towers), ..self }
+    }
+
+    #[must_use]
+    pub fn towers(&self) -> Option<&Towers> {
+        self.towers.as_ref()
+    }
+
+    /// `logistic` or `two_tower`.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        if self.towers.is_some() { "two_tower" } else { "logistic" }
+    }
+
+    /// Rows of all tables.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.ids.len() + self.towers.as_ref().map_or(0, |towers| towers.ids().len())
     }
 
     /// Logit of an encoded example: `weight * value` of the slots, summed from 0 in their order, then the intercept added,
     /// all in f32 without fused operations. A row that is not there counts as its feature's default row; a feature past the end of
-    /// the default rows, which no example of this schema has, counts as 0.
+    /// the default rows, which no example of this schema has, counts as 0. Last, what the towers say is added.
     #[must_use]
     pub fn logit(&self, slots: &[Slot]) -> f32 {
-        slots.iter().fold(0.0, |sum, slot| sum + self.weight(slot.row, slot.feature) * slot.value) + self.intercept
+        let sum = slots.iter().fold(0.0, |sum, slot| sum + self.weight(slot.row, slot.feature) * slot.value);
+        let logit = sum + self.intercept;
+        self.towers.as_ref().map_or(logit, |towers| logit + towers.product(slots))
     }
 
     /// The weight that a row has in a score.
@@ -70,6 +97,12 @@ impl Weights {
     #[must_use]
     pub fn knows(&self, row: u64) -> bool {
         find(&self.ids, row).is_some()
+    }
+
+    /// Whether a row is in any table.
+    #[must_use]
+    pub fn has(&self, row: u64) -> bool {
+        self.knows(row) || self.towers.as_ref().is_some_and(|towers| find(towers.ids(), row).is_some())
     }
 
     /// Row ids, strictly ascending.
@@ -102,10 +135,14 @@ impl Weights {
         arrays.push_f32(WEIGHTS, &[self.weights.len()], &self.weights);
         arrays.push_f32(INTERCEPT, &[1], &[self.intercept]);
         arrays.push_u64(DEFAULT_ROWS, &[self.default_rows.len()], &self.default_rows);
+        if let Some(towers) = &self.towers {
+            towers.to_arrays(&mut arrays);
+        }
         arrays
     }
 
-    /// Reads what [`Weights::to_arrays`] wrote: these four arrays, with these types and shapes, and no others.
+    /// Reads what [`Weights::to_arrays`] wrote: these four arrays, with these types and shapes, those of towers where there
+    /// are any, and no others.
     pub fn from_arrays(arrays: &Arrays) -> Result<Self> {
         let ids = arrays.u64s(IDS)?;
         let intercept = arrays.f32s(INTERCEPT)?;
@@ -119,12 +156,20 @@ impl Weights {
                 return Err(Error::Wrong { name: name.to_owned(), expected, found });
             }
         }
-        if let Some(other) = arrays.iter().find(|a| ![IDS, WEIGHTS, INTERCEPT, DEFAULT_ROWS].contains(&a.name.as_str()))
-        {
-            let (expected, found) = ("absent from a logistic model".to_owned(), "an array".to_owned());
+        let towers = Towers::from_arrays(arrays, &default_rows)?;
+        let ours = |name: &str| {
+            [IDS, WEIGHTS, INTERCEPT, DEFAULT_ROWS].contains(&name)
+                || towers.as_ref().is_some_and(|t| t.has_array(name))
+        };
+        if let Some(other) = arrays.iter().find(|array| !ours(&array.name)) {
+            let (expected, found) = ("absent from a model of this kind".to_owned(), "an array".to_owned());
             return Err(Error::Wrong { name: other.name.clone(), expected, found });
         }
-        Self::new(ids, arrays.f32s(WEIGHTS)?, intercept[0], default_rows)
+        let weights = Self::new(ids, arrays.f32s(WEIGHTS)?, intercept[0], default_rows)?;
+        Ok(match towers {
+            Some(towers) => weights.with_towers(towers),
+            None => weights,
+        })
     }
 }
 
@@ -153,7 +198,7 @@ pub fn prove(
 
 /// Position of `id` among ascending `ids` by interpolation, which takes a few steps among uniform hashes; falls back to
 /// halving, so ids of any distribution are found.
-fn find(ids: &[u64], id: u64) -> Option<usize> {
+pub(super) fn find(ids: &[u64], id: u64) -> Option<usize> {
     let (mut start, mut end) = (0, ids.len());
     let (mut low, mut high) = (0, u64::MAX);
     for _ in 0..4 {

@@ -13,7 +13,8 @@ use crate::join::{self, Join, Label, Segment, Verdict};
 use crate::merge::{
     Click, Decision, JournalEntry, Key, Merge, PartitionPosition, ReadCounts, Ready, Rewritten, Step, WaitReason,
 };
-use crate::model::logistic::{self, Logistic, Outcome};
+use crate::model::logistic::Outcome;
+use crate::model::{self, Model};
 use crate::position::NextOffset;
 
 /// Keeps a share of the negatives, chosen by their ids, so that the choice is the same in every run.
@@ -138,7 +139,7 @@ pub struct Image {
     pub fuse: fuse::State,
     /// What [`Progressive::export`] gave.
     pub progress: Vec<u64>,
-    pub model: logistic::Image,
+    pub model: model::Image,
 }
 
 /// Merge, join, batches, model and progressive validation, driven by whoever feeds it.
@@ -152,7 +153,7 @@ pub struct Core {
     slots: Vec<Slot>,
     text: Vec<u8>,
     outcomes: Vec<Outcome>,
-    pub model: Logistic,
+    pub model: Model,
     pub progress: Progressive,
     place: Place,
     /// Positions at the last boundary, all partitions.
@@ -192,7 +193,7 @@ impl Core {
         cutter: Cutter,
         sampling: Sampling,
         fuse: Fuse,
-        model: Logistic,
+        model: Model,
         progress: Progressive,
     ) -> Self {
         let window = join.rules().window;

@@ -10,8 +10,10 @@ use super::core::{Image, Place, Restored};
 use crate::event::Time;
 use crate::join::{self, SeenInfo, Segment};
 use crate::merge::{Click, JournalEntry, PartitionPosition};
-use crate::model::logistic::{FeatureCounts, Intercept, State};
+use crate::model::logistic::{FeatureCounts, Intercept};
+use crate::model::optim::DenseState;
 use crate::model::table::Rows;
+use crate::model::{State, embedding, logistic, two_tower};
 use crate::snapshot::codec::{self, Arrays};
 
 /// Version of the checkpoint's content. A reader refuses another one.
@@ -93,6 +95,10 @@ pub fn digests(image: &Image, model: &State, window: i64) -> Digests {
 #[must_use]
 pub fn arrays(image: &Image, model: &State) -> Arrays {
     let mut arrays = Arrays::new();
+    if let Some(towers) = &model.towers {
+        tower_arrays(towers, &mut arrays);
+    }
+    let model = &model.logistic;
     let rows = &model.rows;
     arrays.push_u64("model.ids", &[rows.ids.len()], &rows.ids);
     arrays.push_f32("model.w", &[rows.w.len()], &rows.w);
@@ -117,6 +123,53 @@ pub fn arrays(image: &Image, model: &State) -> Arrays {
     arrays.push_u64("clicks.event_time", &n, &column(|c| c.event_time.0 as u64));
     arrays.push_u64("clicks.flags", &n, &column(|c| u64::from(c.rejected) | u64::from(c.late) << 1));
     arrays
+}
+
+fn tower_arrays(towers: &two_tower::State, arrays: &mut Arrays) {
+    let rows = &towers.rows;
+    let count = rows.ids.len();
+    arrays.push_u64("towers.ids", &[count], &rows.ids);
+    arrays.push_f32("towers.w", &[rows.w.len()], &rows.w);
+    arrays.push_f32("towers.n", &[rows.n.len()], &rows.n);
+    arrays.push_u32("towers.touched", &[count], &rows.touched);
+    arrays.push_f32("towers.params", &[towers.params.len()], &towers.params);
+    arrays.push_f32("towers.mean", &[towers.dense.mean.len()], &towers.dense.mean);
+    arrays.push_f32("towers.square", &[towers.dense.square.len()], &towers.dense.square);
+    let two_tower::TableCounts { admitted, refused, expired, evicted } = towers.counts;
+    let numbers = [towers.dense.steps, towers.skipped, admitted, refused, expired, evicted];
+    arrays.push_u64("towers.numbers", &[numbers.len()], &numbers);
+    for (name, list) in [("towers.periods", &towers.periods), ("towers.eighths", &towers.eighths)] {
+        let (batches, periods): (Vec<u32>, Vec<i64>) = list.iter().copied().unzip();
+        arrays.push_u32(format!("{name}.batches"), &[batches.len()], &batches);
+        arrays.push_i64(name, &[periods.len()], &periods);
+    }
+}
+
+fn read_towers(arrays: &Arrays) -> codec::Result<Option<two_tower::State>> {
+    if arrays.get("towers.ids").is_none() {
+        return Ok(None);
+    }
+    let rows = embedding::Rows {
+        ids: arrays.u64s("towers.ids")?,
+        w: arrays.f32s("towers.w")?,
+        n: arrays.f32s("towers.n")?,
+        touched: arrays.u32s("towers.touched")?,
+    };
+    let [steps, skipped, admitted, refused, expired, evicted] = arrays.u64s("towers.numbers")?[..] else {
+        return Err(codec::Error::Missing("six of towers.numbers".to_owned()));
+    };
+    let counts = two_tower::TableCounts { admitted, refused, expired, evicted };
+    let dense = DenseState { steps, mean: arrays.f32s("towers.mean")?, square: arrays.f32s("towers.square")? };
+    let list = |name: &str| {
+        let (batches, periods) = (arrays.u32s(&format!("{name}.batches"))?, arrays.i64s(name)?);
+        if batches.len() != periods.len() {
+            return Err(codec::Error::Missing(format!("{name}, one for each of {name}.batches")));
+        }
+        Ok(batches.into_iter().zip(periods).collect::<Vec<_>>())
+    };
+    let (periods, eighths) = (list("towers.periods")?, list("towers.eighths")?);
+    let params = arrays.f32s("towers.params")?;
+    Ok(Some(two_tower::State { rows, params, dense, periods, eighths, counts, skipped }))
 }
 
 /// A segment of seen ids as a file of its own.
@@ -153,12 +206,13 @@ pub fn read(head: &Head, arrays: &Arrays, seen: Vec<Arc<Segment>>) -> codec::Res
     let wrong = |name: &str| codec::Error::Missing(name.to_owned());
     let [w, n] = intercept[..] else { return Err(wrong("model.intercept")) };
     let [touched] = touched[..] else { return Err(wrong("model.intercept_touched")) };
-    let model = State {
+    let logistic = logistic::State {
         rows,
         intercept: Intercept { w, n, touched },
         periods: head.periods.clone(),
         counts: head.features.clone(),
     };
+    let model = State { logistic, towers: read_towers(arrays)? };
     let columns = ["time", "id", "content", "partition_row", "offset", "event_time", "flags"];
     let columns = columns.map(|name| arrays.u64s(&format!("clicks.{name}")));
     let [time, id, content, at, offset, event_time, flags] = columns;

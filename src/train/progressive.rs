@@ -301,7 +301,7 @@ mod tests {
     const MINUTE: Settings = Settings { window: Duration::from_secs(60) };
 
     fn outcome(logit: f32) -> Outcome {
-        Outcome { logit, e: libm::expf(-logit.abs()), quarantined: false }
+        Outcome { logit, e: libm::expf(-logit.abs()), gradient: 0.0, quarantined: false }
     }
 
     fn example(positive: bool, weight: f32, sampling_offset: f32, time: i64) -> Example<'static> {
@@ -393,7 +393,8 @@ mod tests {
     #[test]
     fn nothing_observed_defines_no_metric() {
         let mut progressive = Progressive::new(&MINUTE).unwrap();
-        progressive.observe(&Outcome { logit: 0.0, e: 1.0, quarantined: true }, &example(true, 1.0, 0.0, 5));
+        progressive
+            .observe(&Outcome { logit: 0.0, e: 1.0, gradient: 0.0, quarantined: true }, &example(true, 1.0, 0.0, 5));
         assert_eq!(progressive.report(), Report { cumulative: Metrics::default(), open: None });
         assert!(progressive.take_closed_windows().is_empty());
     }

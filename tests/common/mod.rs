@@ -3,7 +3,10 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
+use rand_pcg::Pcg64Mcg;
+use rand_pcg::rand_core::{Rng as _, SeedableRng as _};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -151,4 +154,26 @@ pub fn generate(options: &[&str]) -> TempDir {
 pub fn outcome(summary: &Value) -> Value {
     let keys = ["model_digest", "order_digest", "counts", "examples", "batches", "frontier", "clicks_waiting"];
     keys.iter().map(|key| ((*key).to_owned(), summary[*key].clone())).collect::<serde_json::Map<_, _>>().into()
+}
+
+/// Kills jobs with SIGKILL at random moments, `kills` times in all, and lets them go on. A job that comes to its end all
+/// the same gives its summary and is followed by a fresh one; the last one is let finish.
+pub fn train_through_kills(kills: usize, seed: u64, new: impl Fn() -> Job) -> (Vec<serde_json::Value>, Job) {
+    println!("seed {seed}");
+    let mut chance = Pcg64Mcg::seed_from_u64(seed);
+    let (mut ends, mut job, mut killed) = (Vec::new(), new(), 0);
+    while killed < kills {
+        let mut child = job.command(&["--json", "--until-end"]).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(20 + chance.next_u64() % 300));
+        if child.try_wait().unwrap().is_some() {
+            ends.push(summary(&child.wait_with_output().unwrap()));
+            job = new();
+            continue;
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        killed += 1;
+    }
+    ends.push(job.train(&["--until-end"]));
+    (ends, job)
 }

@@ -1,0 +1,1415 @@
+//! Two towers beside the logistic model: `logit = logistic part + product of user tower and item tower`.
+//!
+//! A batch is one transaction. Its examples are cut into shards of a fixed size. Over the shards, the rows of each feature are
+//! pooled and laid side by side, and the towers run forward; then the logistic part walks all examples in order with the
+//! products as offsets, which gives the progressive scores and each example's gradient; then the towers run backward, and
+//! each row learns once, from the sum of what its examples say, in their order. An example whose numbers are no good is known
+//! before anything was written, and quarantined; so there is nothing to take back.
+//!
+//! Shards and stripes are fixed, sums over them have an order, and threads only take them: the number of threads does not
+//! show in the result.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use candle_core::{Device, Tensor, Var};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::{Xxh3, xxh3_64, xxh3_64_with_seed};
+
+use super::Error;
+use super::decay::{Decay, DecaySettings};
+use super::embedding::{Embeddings, Occurrence, Place, RowRule, Rows, Rules, STRIPES, stripe_of, uniform};
+use super::logistic::{Logistic, Outcome, column};
+use super::optim::{self, DenseSettings, DenseState};
+use super::tower::{self, Activation, Dots, Pair, Tower, Work};
+use crate::event::{Example, Slot, Time};
+
+/// Examples of a shard. Fixed, for sums over shards are part of the result; past 512 `gemm` cuts its inner sums by the size
+/// of caches.
+pub const SHARD: usize = 256;
+/// Largest |value| of a slot and of a pooled input.
+const LARGEST: f32 = 1e6;
+/// Scale that normalised outputs start with.
+const FIRST_SCALE: f32 = 4.0;
+
+/// `[model.two_tower]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// Weights of a row's vector, 1 to 256. Default 16.
+    pub dim: usize,
+    /// Outputs of each layer of a tower, the last of which is what it says; at most 4 of 1 to 1024. Default [64, 32].
+    pub layers: Vec<usize>,
+    /// Between layers: `relu` or `tanh`. Default `relu`.
+    pub activation: Activation,
+    /// Centre and scale what goes into each activation, by gains and shifts that are learned. Default false.
+    pub layer_norm: bool,
+    /// Scale what the towers say to length 1, and the product by a number that is learned. Default false.
+    pub normalize: bool,
+    /// The logistic part sees all features and crosses; false: the intercept and presentation features only, which leaves
+    /// the pure two-tower model. Default true.
+    pub wide: bool,
+    /// Where the towers run: `cpu`, or `cuda:N` or `metal:N` where the build has it. Default `cpu`.
+    pub device: String,
+    pub embeddings: EmbeddingSettings,
+    pub table: TableSettings,
+    pub dense: DenseSettings,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            dim: 16,
+            layers: vec![64, 32],
+            activation: Activation::Relu,
+            layer_norm: false,
+            normalize: false,
+            wide: true,
+            device: "cpu".to_owned(),
+            embeddings: EmbeddingSettings::default(),
+            table: TableSettings::default(),
+            dense: DenseSettings::default(),
+        }
+    }
+}
+
+/// `[model.two_tower.embeddings]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EmbeddingSettings {
+    /// `row_wise` (one accumulator a row) or `element_wise` (one a weight): AdaGrad. Default `row_wise`.
+    pub rule: RowRule,
+    /// Learning rate. Above 0, at most 10. Default 0.05.
+    pub rate: f32,
+    /// Added to the accumulator under the root, above 0. Default 0.01.
+    pub n0: f32,
+    /// Longest gradient of a row (Euclidean, summed over the batch); a longer one is shortened to it. Default 10.
+    pub clip: f64,
+    /// A row begins evenly in `-initial..initial`, by a hash of seed and id. 0 to 1. Default 0.05.
+    pub initial: f32,
+    /// Forgetting of the accumulators, as `model.logistic.decay`. Default: none.
+    pub decay: Option<DecaySettings>,
+}
+
+impl Default for EmbeddingSettings {
+    fn default() -> Self {
+        Self { rule: RowRule::RowWise, rate: 0.05, n0: 0.01, clip: 10.0, initial: 0.05, decay: None }
+    }
+}
+
+/// `[model.two_tower.table]`: which ids have a vector of their own. Those that have none share their feature's default row.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TableSettings {
+    /// Chance by which an example gives a new id its row: of two examples with 0.5, one does. A hash of seed, id and
+    /// impression decides. Above 0, at most 1. Default 1.
+    pub admit: f64,
+    /// A row that no example has named for this long in event time goes; it is looked for eight times in that time, so it
+    /// goes at most an eighth later. Default: rows stay.
+    #[serde(with = "humantime_serde")]
+    pub expire_after: Option<Duration>,
+    /// Most rows after a batch, at least 1024. When there are more, those touched longest ago go (equal ones by id), until an
+    /// eighth is free. Default: no bound.
+    pub capacity: Option<usize>,
+}
+
+impl Default for TableSettings {
+    fn default() -> Self {
+        Self { admit: 1.0, expire_after: None, capacity: None }
+    }
+}
+
+/// What became of ids, since the start of the lineage.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TableCounts {
+    /// Rows that were made, default rows not counted.
+    pub admitted: u64,
+    /// Occurrences of ids without a row that did not get one.
+    pub refused: u64,
+    /// Rows removed for their age.
+    pub expired: u64,
+    /// Rows removed for want of room.
+    pub evicted: u64,
+}
+
+impl TableCounts {
+    /// By name.
+    #[must_use]
+    pub fn named(&self) -> [(&'static str, u64); 4] {
+        let Self { admitted, refused, expired, evicted } = *self;
+        [("admitted", admitted), ("refused", refused), ("expired", expired), ("evicted", evicted)]
+    }
+}
+
+/// Which tower sees a feature.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Side {
+    User,
+    Item,
+}
+
+/// What the model must know of a feature or cross.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Feature {
+    pub side: Option<Side>,
+    pub presentation: bool,
+}
+
+/// Which columns of which tower's input the vectors of each feature are pooled into.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// By feature: tower (0 user, 1 item) and first column.
+    columns: Vec<Option<(usize, usize)>>,
+    /// Of each tower's input.
+    widths: [usize; 2],
+}
+
+impl Plan {
+    /// Features side by side in schema order, `dim` columns each.
+    #[must_use]
+    pub fn new(sides: impl IntoIterator<Item = Option<Side>>, dim: usize) -> Self {
+        let mut widths = [0, 0];
+        let place = |side: Option<Side>| {
+            let tower = match side? {
+                Side::User => 0,
+                Side::Item => 1,
+            };
+            let at = widths[tower];
+            widths[tower] += dim;
+            Some((tower, at))
+        };
+        let columns = sides.into_iter().map(place).collect();
+        Self { columns, widths }
+    }
+
+    /// Tower and first column of a feature.
+    #[inline(always)]
+    #[must_use]
+    pub fn of(&self, feature: u16) -> Option<(usize, usize)> {
+        self.columns.get(usize::from(feature)).copied().flatten()
+    }
+
+    #[must_use]
+    pub fn widths(&self) -> [usize; 2] {
+        self.widths
+    }
+}
+
+/// What must be known of towers to compute with their parameters.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// By feature or cross: the tower that sees it.
+    pub sides: Vec<Option<Side>>,
+    /// Weights of a row.
+    pub dim: usize,
+    /// Outputs of each layer.
+    pub layers: Vec<usize>,
+    pub activation: Activation,
+    pub layer_norm: bool,
+    pub normalize: bool,
+}
+
+impl Layout {
+    #[must_use]
+    pub fn plan(&self) -> Plan {
+        Plan::new(self.sides.iter().copied(), self.dim)
+    }
+
+    #[must_use]
+    pub fn pair(&self) -> Pair {
+        Pair::new(self.plan().widths, &self.layers, self.activation, self.layer_norm, self.normalize)
+    }
+}
+
+/// Settings that were found good, under a schema.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Checked {
+    pub settings: Settings,
+    pub plan: Plan,
+    sides: Vec<Option<Side>>,
+    /// By feature: the logistic part sees it.
+    wide: Vec<bool>,
+    decay: Option<Decay>,
+    /// An eighth of the age at which rows expire, in ms.
+    expiry: Option<i64>,
+    seed: u64,
+}
+
+impl Settings {
+    /// The checked form, which alone can make a model.
+    pub fn check(&self, features: &[Feature], seed: u64) -> Result<Checked, Error> {
+        fn must(holds: bool, key: &'static str, expected: &'static str, got: impl ToString) -> Result<(), Error> {
+            if holds { Ok(()) } else { Err(Error::Setting { key, expected, got: got.to_string() }) }
+        }
+        must((1..=256).contains(&self.dim), "two_tower.dim", "1 to 256", self.dim)?;
+        let layers = &self.layers;
+        let fit = !layers.is_empty()
+            && layers.len() <= tower::MOST_LAYERS
+            && layers.iter().all(|&n| (1..=tower::WIDEST).contains(&n));
+        must(fit, "two_tower.layers", "1 to 4 numbers of 1 to 1024", format!("{layers:?}"))?;
+        let EmbeddingSettings { rate, n0, clip, initial, ref decay, .. } = self.embeddings;
+        must(rate > 0.0 && rate <= 10.0, "two_tower.embeddings.rate", "above 0 and at most 10", rate)?;
+        must((1e-12..=1e6).contains(&n0), "two_tower.embeddings.n0", "1e-12 to 1e6", n0)?;
+        must(clip > 0.0 && clip <= 1e12, "two_tower.embeddings.clip", "above 0 and at most 1e12", clip)?;
+        must((0.0..=1.0).contains(&initial), "two_tower.embeddings.initial", "0 to 1", initial)?;
+        let keys =
+            ["two_tower.embeddings.decay.per", "two_tower.embeddings.decay.keep", "two_tower.embeddings.decay.floor"];
+        let decay = decay.as_ref().map(|decay| decay.check(keys)).transpose()?;
+        let TableSettings { admit, expire_after, capacity } = self.table;
+        must(admit > 0.0 && admit <= 1.0, "two_tower.table.admit", "above 0 and at most 1", admit)?;
+        let expiry = match expire_after {
+            Some(after) => {
+                let eighth = i64::try_from(after.as_millis() / 8).unwrap_or(0);
+                let got = humantime_serde::re::humantime::format_duration(after);
+                must(eighth > 0, "two_tower.table.expire_after", "at least 8ms", got)?;
+                Some(eighth)
+            }
+            None => None,
+        };
+        let room = capacity.unwrap_or(usize::MAX);
+        must(room >= 1024, "two_tower.table.capacity", "at least 1024", room)?;
+        self.dense.check()?;
+        let device = parse_device(&self.device).is_some();
+        must(device, "two_tower.device", "`cpu`, `cuda:N` or `metal:N`", &self.device)?;
+        let sides: Vec<Option<Side>> = features.iter().map(|feature| feature.side).collect();
+        let plan = Plan::new(sides.iter().copied(), self.dim);
+        let expected = "features of both towers: give some `tower = \"user\"` and some `tower = \"item\"`";
+        let count = |side| features.iter().filter(|feature| feature.side == Some(side)).count();
+        let (users, items) = (count(Side::User), count(Side::Item));
+        must(
+            users > 0 && items > 0,
+            "kind",
+            expected,
+            format!("two_tower with {users} of the user, {items} of the item"),
+        )?;
+        let widest = plan.widths[0].max(plan.widths[1]);
+        must(
+            widest <= 4096,
+            "two_tower.dim",
+            "so small that the features of a tower have at most 4096 columns",
+            widest,
+        )?;
+        let seen = features.iter().filter(|feature| feature.presentation && feature.side.is_some()).count();
+        let expected =
+            "no tower's, where a feature has `role = \"presentation\"`: it is unknown when candidates are scored";
+        must(seen == 0, "two_tower", expected, format!("{seen} such features"))?;
+        let wide = features.iter().map(|feature| self.wide || feature.presentation).collect();
+        Ok(Checked { settings: self.clone(), plan, sides, wide, decay, expiry, seed })
+    }
+}
+
+/// `cpu`, `cuda:N` or `metal:N`.
+fn parse_device(text: &str) -> Option<(&str, usize)> {
+    if text == "cpu" {
+        return Some(("cpu", 0));
+    }
+    let (kind, number) = text.split_once(':')?;
+    (kind == "cuda" || kind == "metal").then_some(())?;
+    Some((kind, number.parse().ok()?))
+}
+
+impl Checked {
+    fn rules(&self) -> Rules {
+        let EmbeddingSettings { rule, rate, n0, clip, initial, .. } = self.settings.embeddings;
+        Rules { dim: self.settings.dim, rule, rate, n0, clip, initial, seed: self.seed }
+    }
+
+    /// What a reader of the parameters must know.
+    #[must_use]
+    pub fn layout(&self) -> Layout {
+        let Settings { dim, ref layers, activation, layer_norm, normalize, .. } = self.settings;
+        Layout { sides: self.sides.clone(), dim, layers: layers.clone(), activation, layer_norm, normalize }
+    }
+
+    fn device(&self) -> Result<Device, Error> {
+        let (kind, number) = parse_device(&self.settings.device).unwrap_or(("cpu", 0));
+        let device = match kind {
+            "cuda" => Device::new_cuda(number),
+            "metal" => Device::new_metal(number),
+            _ => Ok(Device::Cpu),
+        };
+        let expected = "a device that this build and machine have";
+        let got = |error| format!("`{}`: {error}", self.settings.device);
+        device.map_err(|error| Error::Setting { key: "two_tower.device", expected, got: got(error) })
+    }
+
+    /// The dense parameters that a model begins with: weights even in +-sqrt(6 / inputs) (+-sqrt(3 / inputs) in the last
+    /// layer), by a hash of seed, name and place; gains 1; the item tower's last layer and all else 0.
+    fn begin(&self, pair: &Pair) -> Vec<f32> {
+        let mut params = vec![0.0; pair.len];
+        for (name, tower) in [("user", &pair.user), ("item", &pair.item)] {
+            for (i, layer) in tower.layers.iter().enumerate() {
+                let last = i + 1 == tower.layers.len();
+                if let Some(norm) = layer.norm {
+                    params[norm..norm + layer.outputs].fill(1.0);
+                }
+                if last && name == "item" {
+                    continue;
+                }
+                let bound = (if last { 3.0 } else { 6.0 } / layer.inputs as f64).sqrt() as f32;
+                let id = xxh3_64(format!("towers.{name}.{i}.weight").as_bytes());
+                for (k, w) in params[layer.weight..layer.bias()].iter_mut().enumerate() {
+                    *w = bound * uniform(self.seed, id, k as u64);
+                }
+            }
+        }
+        if let Some(scale) = pair.scale {
+            params[scale] = FIRST_SCALE;
+        }
+        params
+    }
+}
+
+/// What a checkpoint holds of the towers: all that learning depends on.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct State {
+    pub rows: Rows,
+    /// Packed as [`tower`] has it.
+    pub params: Vec<f32>,
+    pub dense: DenseState,
+    /// (number of its first batch, event-time period), both ascending. Empty without decay.
+    pub periods: Vec<(u32, i64)>,
+    /// (number of its first batch, eighth of the age of expiry), both ascending, the last nine. Empty without expiry.
+    pub eighths: Vec<(u32, i64)>,
+    pub counts: TableCounts,
+    /// Batches whose dense gradient was not finite, and moved no dense parameter.
+    pub skipped: u64,
+}
+
+impl State {
+    /// Takes all of the state into a digest, little-endian, each column led by its length.
+    pub fn add_to(&self, hash: &mut Xxh3) {
+        fn floats(hash: &mut Xxh3, values: &[f32]) {
+            column(hash, values.len(), values.iter().map(|v| v.to_le_bytes()));
+        }
+        hash.update(b"tidemill towers 1");
+        column(hash, self.rows.ids.len(), self.rows.ids.iter().map(|id| id.to_le_bytes()));
+        floats(hash, &self.rows.w);
+        floats(hash, &self.rows.n);
+        column(hash, self.rows.touched.len(), self.rows.touched.iter().map(|touched| touched.to_le_bytes()));
+        floats(hash, &self.params);
+        floats(hash, &self.dense.mean);
+        floats(hash, &self.dense.square);
+        let TableCounts { admitted, refused, expired, evicted } = self.counts;
+        let numbers = [self.dense.steps, self.skipped, admitted, refused, expired, evicted];
+        column(hash, numbers.len(), numbers.iter().map(|number| number.to_le_bytes()));
+        let periods =
+            self.periods.iter().map(|&(batch, period)| ((period as u128) << 32 | u128::from(batch)).to_le_bytes());
+        column(hash, self.periods.len(), periods);
+        let eighths =
+            self.eighths.iter().map(|&(batch, number)| ((number as u128) << 32 | u128::from(batch)).to_le_bytes());
+        column(hash, self.eighths.len(), eighths);
+    }
+}
+
+/// A copy of the towers at a batch boundary, for another thread to sort and write.
+pub struct Image {
+    table: Embeddings,
+    params: Vec<f32>,
+    dense: DenseState,
+    periods: Vec<(u32, i64)>,
+    eighths: Vec<(u32, i64)>,
+    counts: TableCounts,
+    skipped: u64,
+}
+
+impl Image {
+    /// Does the work that the copy left undone: canonical order.
+    #[must_use]
+    pub fn sorted(&self) -> State {
+        State {
+            rows: self.table.rows(),
+            params: self.params.clone(),
+            dense: self.dense.clone(),
+            periods: self.periods.clone(),
+            eighths: self.eighths.clone(),
+            counts: self.counts,
+            skipped: self.skipped,
+        }
+    }
+}
+
+/// One shard's room, used again and again.
+struct Shard {
+    op: Dots,
+    /// The towers' inputs, `[examples, width]`, and the same as leaves of the graph.
+    inputs: [Vec<f32>; 2],
+    leaves: Option<[Var; 2]>,
+    places: Vec<Place>,
+    /// What falls to each stripe of the table, in the order of the examples.
+    occurrences: Vec<Vec<Occurrence>>,
+    /// Occurrences of ids that got no row.
+    refused: u64,
+    fit: Vec<bool>,
+    /// Of each example; NaN where it must not be learned from.
+    products: Vec<f32>,
+    graph: Option<Tensor>,
+    g: Vec<f32>,
+    /// Gradients of inputs and parameters, on the CPU.
+    gradients: Option<[Tensor; 3]>,
+}
+
+impl Shard {
+    fn new(pair: &Arc<Pair>) -> Self {
+        Self {
+            op: Dots::new(Arc::clone(pair)),
+            inputs: [Vec::new(), Vec::new()],
+            leaves: None,
+            places: Vec::new(),
+            occurrences: vec![Vec::new(); STRIPES],
+            refused: 0,
+            fit: Vec::new(),
+            products: Vec::new(),
+            graph: None,
+            g: Vec::new(),
+            gradients: None,
+        }
+    }
+
+    /// Pools the rows of the examples into the towers' inputs.
+    fn pool(&mut self, plan: &Plan, table: &Embeddings, defaults: &[Place], examples: &[Example<'_>]) {
+        let dim = table.rules().dim;
+        self.places.clear();
+        let ask = |example: &Example<'_>| {
+            example
+                .slots
+                .iter()
+                .filter(|slot| plan.of(slot.feature).is_some())
+                .for_each(|slot| table.prefetch(slot.row));
+        };
+        examples.iter().take(2).for_each(ask);
+        for (i, example) in examples.iter().enumerate() {
+            examples.get(i + 2).into_iter().for_each(ask);
+            for slot in example.slots.iter().filter(|slot| plan.of(slot.feature).is_some()) {
+                // Id 0 stands for an empty place; its example is quarantined below.
+                let place = if slot.row == 0 { Place::NONE } else { table.find(slot.row) };
+                table.prefetch_row(place);
+                self.places.push(place);
+            }
+        }
+        for (input, width) in self.inputs.iter_mut().zip(plan.widths) {
+            input.clear();
+            input.resize(examples.len() * width, 0.0);
+        }
+        self.occurrences.iter_mut().for_each(Vec::clear);
+        self.fit.clear();
+        let mut places = self.places.iter();
+        for (i, example) in examples.iter().enumerate() {
+            let mut fit = example.slots.iter().all(|slot| slot.value.abs() <= LARGEST && slot.row != 0);
+            for slot in example.slots {
+                let Some((tower, column)) = plan.of(slot.feature) else { continue };
+                let place = places.next().copied().unwrap_or(Place::NONE);
+                if !fit {
+                    continue;
+                }
+                let default = defaults[usize::from(slot.feature)];
+                let from = table.row(if place == Place::NONE { default } else { place });
+                let start = i * plan.widths[tower] + column;
+                let to = &mut self.inputs[tower][start..start + dim];
+                to.iter_mut().zip(from).for_each(|(sum, &w)| *sum += slot.value * w);
+            }
+            let width = |tower: usize| plan.widths[tower];
+            let bounded = |x: &[f32]| x.iter().all(|x| x.abs() <= LARGEST);
+            fit = fit && (0..2).all(|tower| bounded(&self.inputs[tower][i * width(tower)..][..width(tower)]));
+            if !fit {
+                for tower in 0..2 {
+                    self.inputs[tower][i * width(tower)..][..width(tower)].fill(0.0);
+                }
+            }
+            self.fit.push(fit);
+        }
+    }
+
+    /// Notes to which rows the examples' gradients fall, once it is known which are learned from. `admit` says whether an
+    /// id may have its row by an example.
+    fn note(
+        &mut self,
+        plan: &Plan,
+        defaults: &[Place],
+        default_rows: &[u64],
+        examples: &[Example<'_>],
+        outcomes: &[Outcome],
+        admit: impl Fn(u64, u64) -> bool,
+    ) {
+        self.refused = 0;
+        let mut places = self.places.iter();
+        for (i, (example, outcome)) in examples.iter().zip(outcomes).enumerate() {
+            for slot in example.slots {
+                let Some((tower, column)) = plan.of(slot.feature) else { continue };
+                let place = places.next().copied().unwrap_or(Place::NONE);
+                if outcome.quarantined {
+                    continue;
+                }
+                let (impression, example, column, value) = (example.id, i as u32, column as u32, slot.value);
+                let feature = usize::from(slot.feature);
+                let mut note = |id, place| {
+                    self.occurrences[stripe_of(id)].push(Occurrence { id, place, example, column, tower, value });
+                };
+                if place == Place::NONE {
+                    note(default_rows[feature], defaults[feature]);
+                    if !admit(slot.row, impression) {
+                        self.refused += 1;
+                        continue;
+                    }
+                }
+                note(slot.row, place);
+            }
+        }
+    }
+
+    fn forward(&mut self, pair: &Pair, params: &Var, device: &Device, rows: usize) -> candle_core::Result<()> {
+        let widths = [pair.user.inputs(), pair.item.inputs()];
+        if self.leaves.as_ref().is_none_or(|leaves| leaves[0].dim(0).ok() != Some(rows)) {
+            let leaf = |width: usize| Var::zeros((rows, width), candle_core::DType::F32, device);
+            self.leaves = Some([leaf(widths[0])?, leaf(widths[1])?]);
+        }
+        let Some([user, item]) = &self.leaves else { unreachable!("made just now") };
+        tower::assign(user, &self.inputs[0])?;
+        tower::assign(item, &self.inputs[1])?;
+        let mut judged = Vec::new();
+        let products = if device.is_cpu() {
+            let products = user.apply_op3(item, params, self.op.clone())?;
+            self.op.fit(&mut judged);
+            products
+        } else {
+            let products = pair.composed(user, item, params)?;
+            let unit = products.sum_all()?.backward()?;
+            let of = |var: &Var| unit.get(var).map(flat).transpose().map(Option::unwrap_or_default);
+            let (u, v) = (of(user)?, of(item)?);
+            pair.judge(&flat(&products)?, [&u, &v], &mut judged);
+            products
+        };
+        self.products.clear();
+        self.products.extend(flat(&products)?);
+        for ((product, fit), judged) in self.products.iter_mut().zip(&self.fit).zip(&judged) {
+            *product = if *fit && *judged { *product } else { f32::NAN };
+        }
+        self.graph = Some(products);
+        Ok(())
+    }
+
+    fn backward(&mut self, params: &Var, device: &Device, outcomes: &[Outcome]) -> candle_core::Result<()> {
+        self.g.clear();
+        self.g.extend(outcomes.iter().map(|outcome| outcome.gradient));
+        let (Some(products), Some([user, item])) = (self.graph.take(), &self.leaves) else { return Ok(()) };
+        let g = Tensor::from_slice(&self.g, self.g.len(), device)?;
+        let grads = (products * g)?.sum_all()?.backward()?;
+        let of = |var: &Var| match grads.get(var) {
+            Some(gradient) => gradient.to_device(&Device::Cpu),
+            None => candle_core::bail!("the graph reaches every leaf"),
+        };
+        self.gradients = Some([of(user)?, of(item)?, of(params)?]);
+        Ok(())
+    }
+}
+
+fn flat(tensor: &Tensor) -> candle_core::Result<Vec<f32>> {
+    tensor.to_device(&Device::Cpu)?.flatten_all()?.to_vec1()
+}
+
+/// The towers with their table and optimizers; the logistic part is lent for each batch.
+pub struct TwoTower {
+    checked: Checked,
+    pair: Arc<Pair>,
+    device: Device,
+    table: Embeddings,
+    default_rows: Vec<u64>,
+    /// Of the features that a tower sees; they are there from the start.
+    defaults: Vec<Place>,
+    params: Vec<f32>,
+    leaf: Var,
+    dense: DenseState,
+    periods: Vec<(u32, i64)>,
+    eighths: Vec<(u32, i64)>,
+    counts: TableCounts,
+    skipped: u64,
+    shards: Vec<Shard>,
+    threads: Option<rayon::ThreadPool>,
+    gradient: Vec<f32>,
+    products: Vec<f32>,
+    /// Slots that the logistic part sees, where that is not all of them.
+    seen: Vec<Slot>,
+}
+
+/// Why a device is not expected to fail: on the CPU only a bug does; elsewhere the job stops, and its checkpoint stands.
+const FAILS: &str = "the towers cannot be computed on their device";
+
+impl TwoTower {
+    /// Towers that know nothing. `default_rows` holds the row id of each feature's default row; `threads` compute.
+    pub fn new(checked: Checked, default_rows: Vec<u64>, threads: usize) -> Result<Self, Error> {
+        let pair = checked.layout().pair();
+        let dense = DenseState::new(checked.settings.dense.rule, pair.len);
+        let state = State { params: checked.begin(&pair), dense, ..State::default() };
+        Self::from_state(checked, default_rows, threads, state)
+    }
+
+    /// The towers that go on from `state`.
+    pub fn from_state(checked: Checked, default_rows: Vec<u64>, threads: usize, state: State) -> Result<Self, Error> {
+        let refuse = |part, what| Err(Error::State { part, what });
+        let pair = Arc::new(checked.layout().pair());
+        let fresh = DenseState::new(checked.settings.dense.rule, pair.len);
+        let lengths = |dense: &DenseState| [dense.mean.len(), dense.square.len()];
+        if state.params.len() != pair.len || lengths(&state.dense) != lengths(&fresh) {
+            let found = state.params.len();
+            return refuse("towers", format!("{found} parameters where the settings give {}", pair.len));
+        }
+        let State { rows, params, dense, periods, eighths, counts, skipped } = state;
+        if !params.iter().chain(&dense.mean).chain(&dense.square).all(|v| v.is_finite()) {
+            return refuse("towers", "a number is not finite".to_owned());
+        }
+        for (list, what) in [(&periods, "decay periods of the towers"), (&eighths, "ages of the towers' rows")] {
+            if !list.is_sorted_by(|a, b| a.0 < b.0 && a.1 < b.1) {
+                return refuse(what, "not ascending".to_owned());
+            }
+        }
+        let mut table = Embeddings::from_rows(checked.rules(), &rows)?;
+        let place = |(feature, &row): (usize, &u64)| match checked.plan.of(feature as u16) {
+            Some(_) => table.find_or_insert(row),
+            None => Place::NONE,
+        };
+        let defaults = default_rows.iter().enumerate().map(place).collect();
+        let threads = if threads > 1 {
+            let pool =
+                rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("tower-{i}")).build();
+            Some(pool.map_err(|e| Error::Threads { threads, reason: e.to_string() })?)
+        } else {
+            None
+        };
+        let device = checked.device()?;
+        let leaf = Tensor::from_slice(&params, params.len(), &device).and_then(|params| Var::from_tensor(&params));
+        let leaf = leaf.expect(FAILS);
+        Ok(Self {
+            pair,
+            device,
+            table,
+            default_rows,
+            defaults,
+            params,
+            leaf,
+            dense,
+            periods,
+            eighths,
+            counts,
+            skipped,
+            shards: Vec::new(),
+            threads,
+            gradient: Vec::new(),
+            products: Vec::new(),
+            seen: Vec::new(),
+            checked,
+        })
+    }
+
+    /// Number of rows of the table.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.table.len()
+    }
+
+    /// Memory of the table, in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.table.bytes()
+    }
+
+    /// Scores and learns the examples of batch number `batch`, the logistic part among it: see the module. `time` is the
+    /// batch's place in event time, for decay.
+    pub fn learn(
+        &mut self,
+        logistic: &mut Logistic,
+        batch: u32,
+        time: Time,
+        examples: &[Example<'_>],
+        outcomes: &mut Vec<Outcome>,
+    ) {
+        let since = match self.checked.decay {
+            Some(decay) => decay.enter(&mut self.periods, batch, time),
+            None => 0,
+        };
+        let count = examples.len().div_ceil(SHARD);
+        let pair = Arc::clone(&self.pair);
+        while self.shards.len() < count {
+            self.shards.push(Shard::new(&pair));
+        }
+        let (table, defaults, device, leaf) = (&self.table, &self.defaults, &self.device, &self.leaf);
+        let (plan, default_rows) = (&self.checked.plan, &self.default_rows);
+        let shards = &mut self.shards[..count];
+        let part = |i: usize| i * SHARD..((i + 1) * SHARD).min(examples.len());
+        each(self.threads.as_ref(), shards, |i, shard| {
+            let mine = &examples[part(i)];
+            shard.pool(plan, table, defaults, mine);
+            shard.forward(&pair, leaf, device, mine.len()).expect(FAILS);
+        });
+
+        self.products.clear();
+        shards.iter().for_each(|shard| self.products.extend_from_slice(&shard.products));
+        if self.checked.settings.wide {
+            logistic.learn_beside(batch, time, examples, &self.products, outcomes);
+        } else {
+            let sees = |slot: &Slot| self.checked.wide.get(usize::from(slot.feature)).copied().unwrap_or(false);
+            self.seen.clear();
+            let mut ends = Vec::with_capacity(examples.len());
+            for example in examples {
+                self.seen.extend(example.slots.iter().copied().filter(sees));
+                ends.push(self.seen.len());
+            }
+            let starts = std::iter::once(0).chain(ends.iter().copied());
+            let narrow: Vec<Example<'_>> = examples
+                .iter()
+                .zip(starts.zip(&ends))
+                .map(|(example, (start, &end))| Example { slots: &self.seen[start..end], ..*example })
+                .collect();
+            logistic.learn_beside(batch, time, &narrow, &self.products, outcomes);
+        }
+
+        let said: &[Outcome] = outcomes;
+        let (chance, seed) = (self.checked.settings.table.admit, self.checked.seed);
+        let most = (chance * u64::MAX as f64) as u64;
+        let admit = |row: u64, impression: u64| {
+            let mut bytes = [0; 16];
+            bytes[..8].copy_from_slice(&row.to_le_bytes());
+            bytes[8..].copy_from_slice(&impression.to_le_bytes());
+            chance >= 1.0 || xxh3_64_with_seed(&bytes, seed.wrapping_add(1)) <= most
+        };
+        each(self.threads.as_ref(), shards, |i, shard| {
+            shard.note(plan, defaults, default_rows, &examples[part(i)], &said[part(i)], admit);
+            shard.backward(leaf, device, &said[part(i)]).expect(FAILS);
+        });
+
+        // In the order of the shards.
+        self.gradient.clear();
+        self.gradient.resize(pair.len, 0.0);
+        for [_, _, gradient] in shards.iter().filter_map(|shard| shard.gradients.as_ref()) {
+            let sum = &mut self.gradient;
+            let add = |part: &[f32]| sum.iter_mut().zip(part).for_each(|(sum, &d)| *sum += d);
+            tower::with_elements(gradient, add).expect(FAILS);
+        }
+        if optim::step(&self.checked.settings.dense, &mut self.dense, &mut self.params, &self.gradient) {
+            tower::assign(&self.leaf, &self.params).expect(FAILS);
+        } else {
+            self.skipped += 1;
+        }
+
+        let held: Vec<_> = shards
+            .iter()
+            .filter_map(|shard| shard.gradients.as_ref())
+            .map(|[u, v, _]| [u, v].map(|t| t.storage_and_layout()))
+            .collect();
+        let inputs: Vec<[&[f32]; 2]> = held
+            .iter()
+            .map(|held| {
+                held.each_ref().map(|(storage, layout)| match &**storage {
+                    candle_core::Storage::Cpu(cpu) => tower::elements(cpu, layout).expect(FAILS),
+                    _ => unreachable!("gradients were brought to the CPU"),
+                })
+            })
+            .collect();
+        let (periods, decay, widths) = (&self.periods, self.checked.decay, plan.widths);
+        let rested = |n: f64, touched: u32| match decay {
+            Some(decay) if touched < since => decay.rested(periods, batch, touched, n),
+            _ => n,
+        };
+        let occurrences: Vec<&[Vec<Occurrence>]> = shards.iter().map(|shard| shard.occurrences.as_slice()).collect();
+        self.counts.refused += shards.iter().map(|shard| shard.refused).sum::<u64>();
+        let before = self.table.len();
+        let mut stripes = self.table.stripes();
+        each(self.threads.as_ref(), &mut stripes, |_, stripe| {
+            let number = stripe.number;
+            let of = occurrences.iter().zip(&inputs).map(|(all, inputs)| (all[number].as_slice(), *inputs, widths));
+            stripe.run(batch, of, &rested);
+        });
+        drop((stripes, held));
+        self.counts.admitted += (self.table.len() - before) as u64;
+        self.tidy(batch, time);
+    }
+
+    /// Behind a batch: removes rows that no example has named for long, and the oldest where there are too many.
+    fn tidy(&mut self, batch: u32, time: Time) {
+        let before = self.table.len();
+        if let Some(eighth) = self.checked.expiry {
+            let now = time.0.div_euclid(eighth);
+            if self.eighths.last().is_none_or(|&(_, last)| last < now) {
+                // Rows touched before the first batch that is younger than eight eighths are too old.
+                let young =
+                    self.eighths.iter().find(|&&(_, number)| number >= now - 8).map_or(batch, |&(first, _)| first);
+                self.eighths.retain(|&(_, number)| number >= now - 8);
+                self.eighths.push((batch, now));
+                self.retain(|touched, _| touched >= young);
+                self.counts.expired += (before - self.table.len()) as u64;
+            }
+        }
+        let before = self.table.len();
+        if let Some(capacity) = self.checked.settings.table.capacity
+            && before > capacity
+            && let Some(oldest) = self.table.by_age(before - capacity / 8 * 7)
+        {
+            self.retain(|touched, id| (touched, id) >= oldest);
+            self.counts.evicted += (before - self.table.len()) as u64;
+        }
+    }
+
+    /// Keeps the rows that `keep` (of touched and id) says, and default rows.
+    fn retain(&mut self, keep: impl Fn(u32, u64) -> bool) {
+        let mut always: Vec<u64> = Vec::new();
+        always.extend(
+            self.default_rows.iter().zip(&self.defaults).filter(|(_, at)| **at != Place::NONE).map(|(row, _)| row),
+        );
+        if self.table.retain(|id, touched| keep(touched, id) || always.contains(&id)) > 0 {
+            for (row, at) in self.default_rows.iter().zip(&mut self.defaults).filter(|(_, at)| **at != Place::NONE) {
+                *at = self.table.find(*row);
+            }
+        }
+    }
+
+    /// What became of ids.
+    #[must_use]
+    pub fn counts(&self) -> TableCounts {
+        self.counts
+    }
+
+    /// What the towers add to the logit of an example with these slots.
+    #[must_use]
+    pub fn product(&self, slots: &[Slot]) -> f32 {
+        let mut inputs = self.checked.plan.widths.map(|width| vec![0.0; width]);
+        for slot in slots {
+            let Some((tower, column)) = self.checked.plan.of(slot.feature) else { continue };
+            let place = self.table.find(slot.row);
+            let place = if place == Place::NONE { self.defaults[usize::from(slot.feature)] } else { place };
+            let to = &mut inputs[tower][column..];
+            to.iter_mut().zip(self.table.row(place)).for_each(|(sum, &w)| *sum += slot.value * w);
+        }
+        let (mut u, mut v) = (Work::default(), Work::default());
+        let u = self.pair.user.says(&self.params, &inputs[0], 1, &mut u);
+        let v = self.pair.item.says(&self.params, &inputs[1], 1, &mut v);
+        self.pair.product(&self.params, u, v)
+    }
+
+    /// A plain copy, at the speed of memory; [`Image::sorted`] makes the state of it, on any thread.
+    #[must_use]
+    pub fn image(&self) -> Image {
+        Image {
+            table: self.table.clone(),
+            params: self.params.clone(),
+            dense: self.dense.clone(),
+            periods: self.periods.clone(),
+            eighths: self.eighths.clone(),
+            counts: self.counts,
+            skipped: self.skipped,
+        }
+    }
+}
+
+/// Does `work` on each item, on the threads of `pool` where there is one.
+fn each<T: Send>(pool: Option<&rayon::ThreadPool>, items: &mut [T], work: impl Fn(usize, &mut T) + Sync) {
+    match pool {
+        Some(pool) if items.len() > 1 => {
+            pool.install(|| items.par_iter_mut().with_max_len(1).enumerate().for_each(|(i, item)| work(i, item)));
+        }
+        _ => items.iter_mut().enumerate().for_each(|(i, item)| work(i, item)),
+    }
+}
+
+/// The dense parameters of towers by the names that they have in files: (name, shape, range in the packed vector).
+#[must_use]
+pub fn names(pair: &Pair) -> Vec<(String, Vec<usize>, std::ops::Range<usize>)> {
+    let mut names = Vec::new();
+    let towers: [(&str, &Tower); 2] = [("user", &pair.user), ("item", &pair.item)];
+    for (name, tower) in towers {
+        for (i, layer) in tower.layers.iter().enumerate() {
+            let (n, bias) = (layer.outputs, layer.bias());
+            let mut add = |what, shape, start: usize, len: usize| {
+                names.push((format!("towers.{name}.{i}.{what}"), shape, start..start + len));
+            };
+            add("weight", vec![layer.inputs, n], layer.weight, layer.inputs * n);
+            add("bias", vec![n], bias, n);
+            if let Some(norm) = layer.norm {
+                add("gain", vec![n], norm, n);
+                add("shift", vec![n], norm + n, n);
+            }
+        }
+    }
+    if let Some(scale) = pair.scale {
+        names.push(("towers.scale".to_owned(), vec![1], scale..scale + 1));
+    }
+    names
+}
+
+#[cfg(test)]
+mod tests {
+    use rand_pcg::Pcg64Mcg;
+    use rand_pcg::rand_core::{Rng, SeedableRng};
+    use xxhash_rust::xxh3::xxh3_64;
+
+    use super::super::logistic;
+    use super::*;
+
+    const DEFAULTS: [u64; 4] = [u64::MAX / 7, u64::MAX / 3, u64::MAX / 2, u64::MAX / 5];
+
+    fn features() -> Vec<Feature> {
+        let feature = |side, presentation| Feature { side, presentation };
+        vec![
+            feature(Some(Side::User), false),
+            feature(Some(Side::User), false),
+            feature(Some(Side::Item), false),
+            feature(None, true),
+        ]
+    }
+
+    fn settings() -> Settings {
+        let decay = DecaySettings { per: std::time::Duration::from_secs(10), keep: 0.5, floor: 0.0 };
+        Settings {
+            dim: 4,
+            layers: vec![6, 3],
+            embeddings: EmbeddingSettings { decay: Some(decay), ..EmbeddingSettings::default() },
+            dense: DenseSettings { rate: 0.02, warm_up: 4, ..DenseSettings::default() },
+            ..Settings::default()
+        }
+    }
+
+    struct Both {
+        logistic: Logistic,
+        towers: TwoTower,
+    }
+
+    impl Both {
+        fn new(settings: &Settings, threads: usize) -> Self {
+            let checked = settings.check(&features(), 5).unwrap();
+            Self {
+                logistic: Logistic::new(logistic::Settings::default().check(4).unwrap(), DEFAULTS.to_vec()),
+                towers: TwoTower::new(checked, DEFAULTS.to_vec(), threads).unwrap(),
+            }
+        }
+
+        fn learn(&mut self, batch: u32, examples: &[Example<'_>]) -> Vec<Outcome> {
+            let mut outcomes = Vec::new();
+            self.towers.learn(&mut self.logistic, batch, Time(i64::from(batch) * 3000), examples, &mut outcomes);
+            outcomes
+        }
+
+        fn state(&self) -> (logistic::State, State) {
+            (self.logistic.state(), self.towers.image().sorted())
+        }
+    }
+
+    /// Examples with two user features (one of them a bag), one of the item and a position; taste decides.
+    struct Stream {
+        random: Pcg64Mcg,
+    }
+
+    impl Stream {
+        fn new(seed: u64) -> Self {
+            println!("seed {seed}");
+            Self { random: Pcg64Mcg::seed_from_u64(seed) }
+        }
+
+        fn below(&mut self, n: u64) -> u64 {
+            ((self.random.next_u64() >> 32) * n) >> 32
+        }
+
+        fn batch(&mut self, n: usize) -> Vec<(Vec<Slot>, bool)> {
+            (0..n).map(|_| self.example()).collect()
+        }
+
+        fn example(&mut self) -> (Vec<Slot>, bool) {
+            let slot = |feature: u16, value: u64, weight: f32| {
+                let row = xxh3_64(&(u64::from(feature) << 32 | value).to_le_bytes());
+                Slot { row, value: weight, feature, flags: 0 }
+            };
+            let (user, item) = (self.below(200), self.below(60));
+            let mut slots = vec![slot(0, user, 1.0)];
+            let bag = 1 + self.below(3);
+            slots.extend((0..bag).map(|_| slot(1, self.below(30), 1.0 / (bag as f32).sqrt())));
+            slots.push(slot(2, item, 1.0));
+            slots.push(slot(3, self.below(5), 1.0));
+            let likes = (user % 2 == item % 2) != (self.below(5) == 0);
+            (slots, likes)
+        }
+    }
+
+    fn examples(drawn: &[(Vec<Slot>, bool)]) -> Vec<Example<'_>> {
+        drawn
+            .iter()
+            .map(|(slots, positive)| Example {
+                slots,
+                positive: *positive,
+                weight: 1.0,
+                sampling_offset: 0.0,
+                time: Time(0),
+                id: 1,
+            })
+            .collect()
+    }
+
+    #[test]
+    fn steps_of_the_whole_model_equal_pytorch() {
+        // Written by scripts/towers_fixture.py.
+        let text = include_str!("../../tests/data/towers/steps.json");
+        let cases: Vec<serde_json::Value> = serde_json::from_str(text).unwrap();
+        assert!(cases.len() >= 4);
+        for case in &cases {
+            let row = |v: &serde_json::Value| u64::from_str_radix(v.as_str().unwrap(), 16).unwrap();
+            let rows = |v: &serde_json::Value| v.as_array().unwrap().iter().map(row).collect::<Vec<u64>>();
+            let numbers = |v: &serde_json::Value| {
+                v.as_array().unwrap().iter().map(|v| v.as_f64().unwrap() as f32).collect::<Vec<f32>>()
+            };
+            let settings: Settings = serde_json::from_value(case["settings"].clone()).unwrap();
+            let side = |side| Feature { side, presentation: false };
+            let (user, item) = (side(Some(Side::User)), side(Some(Side::Item)));
+            let checked = settings.check(&[user, user, item, item, side(None)], 1).unwrap();
+            let (ids, params) = (rows(&case["before"]["ids"]), numbers(&case["before"]["params"]));
+            let (n, touched) = (vec![0.0; ids.len() * checked.rules().accumulators()], vec![0; ids.len()]);
+            let dense = DenseState::new(settings.dense.rule, params.len());
+            let before = Rows { ids, w: numbers(&case["before"]["w"]), n, touched };
+            let defaults = rows(&case["default_rows"]);
+            let state = State { rows: before, params, dense, ..State::default() };
+            let rule = logistic::Settings::default().check(5).unwrap();
+            let mut model = Both {
+                logistic: Logistic::new(rule, defaults.clone()),
+                towers: TwoTower::from_state(checked, defaults, 1, state).unwrap(),
+            };
+            let close = |ours: &[f32], theirs: &[f32], what: &str| {
+                assert_eq!(ours.len(), theirs.len(), "{what}");
+                for (i, (a, b)) in ours.iter().zip(theirs).enumerate() {
+                    assert!((a - b).abs() <= 1e-5 * b.abs().max(1.0), "{what} {i}: {a}, PyTorch has {b}; {settings:?}");
+                }
+            };
+            for (number, batch) in case["batches"].as_array().unwrap().iter().enumerate() {
+                let slot = |s: &serde_json::Value| Slot {
+                    row: row(&s[0]),
+                    value: s[1].as_f64().unwrap() as f32,
+                    feature: s[2].as_u64().unwrap() as u16,
+                    flags: 0,
+                };
+                let listed = batch["examples"].as_array().unwrap();
+                let slots: Vec<Vec<Slot>> =
+                    listed.iter().map(|e| e["slots"].as_array().unwrap().iter().map(slot).collect()).collect();
+                let examples: Vec<Example<'_>> = listed
+                    .iter()
+                    .zip(&slots)
+                    .map(|(e, slots)| Example {
+                        slots,
+                        positive: e["positive"].as_bool().unwrap(),
+                        weight: e["weight"].as_f64().unwrap() as f32,
+                        sampling_offset: 0.0,
+                        time: Time(0),
+                        id: 1,
+                    })
+                    .collect();
+                let said: Vec<f32> = model.learn(number as u32 + 1, &examples).iter().map(|o| o.logit).collect();
+                close(&said, &numbers(&batch["logits"]), "logit");
+            }
+            let (logistic, towers) = model.state();
+            assert_eq!(towers.rows.ids, rows(&case["after"]["ids"]));
+            close(&towers.rows.w, &numbers(&case["after"]["w"]), "row weight");
+            close(&towers.params, &numbers(&case["after"]["params"]), "parameter");
+            close(&logistic.rows.w, &numbers(&case["after"]["logistic_w"]), "logistic weight");
+            close(&[logistic.intercept.w as f32], &[case["after"]["intercept"].as_f64().unwrap() as f32], "intercept");
+        }
+    }
+
+    #[test]
+    fn the_number_of_threads_does_not_show() {
+        let run = |threads: usize| {
+            let (mut model, mut stream) = (Both::new(&settings(), threads), Stream::new(1));
+            let mut said = Vec::new();
+            for batch in 1..=6 {
+                // Several shards, the last of them partly filled.
+                let drawn = stream.batch(2 * SHARD + 37 * batch as usize);
+                said.extend(model.learn(batch, &examples(&drawn)));
+            }
+            (said, model.state())
+        };
+        let one = run(1);
+        assert_eq!(one, run(2));
+        assert_eq!(one, run(3));
+    }
+
+    #[test]
+    fn a_model_taken_up_from_its_state_goes_on_as_the_one_it_came_from() {
+        for normalize in [false, true] {
+            for (rule, dense) in
+                [(RowRule::RowWise, optim::DenseRule::Adam), (RowRule::ElementWise, optim::DenseRule::Adagrad)]
+            {
+                let mut settings = Settings { normalize, layer_norm: normalize, ..settings() };
+                settings.embeddings.rule = rule;
+                settings.dense.rule = dense;
+                let (mut model, mut stream) = (Both::new(&settings, 1), Stream::new(2));
+                for batch in 1..=5 {
+                    model.learn(batch, &examples(&stream.batch(300)));
+                }
+                let (logistic, towers) = model.state();
+                let checked = settings.check(&features(), 5).unwrap();
+                let rule = logistic::Settings::default().check(4).unwrap();
+                let mut again = Both {
+                    logistic: Logistic::from_state(rule, DEFAULTS.to_vec(), logistic.clone()).unwrap(),
+                    towers: TwoTower::from_state(checked, DEFAULTS.to_vec(), 1, towers.clone()).unwrap(),
+                };
+                assert_eq!(again.state(), (logistic, towers));
+                for batch in 6..=9 {
+                    let drawn = stream.batch(200);
+                    assert_eq!(model.learn(batch, &examples(&drawn)), again.learn(batch, &examples(&drawn)));
+                }
+                assert_eq!(model.state(), again.state());
+            }
+        }
+    }
+
+    #[test]
+    fn it_starts_as_the_logistic_model_and_leaves_it_where_taste_decides() {
+        for normalize in [false, true] {
+            let mut stream = Stream::new(3);
+            let mut settings = Settings { normalize, ..settings() };
+            (settings.dim, settings.layers) = (8, vec![16, 8]);
+            (settings.dense.rate, settings.dense.warm_up) = (0.01, 0);
+            settings.embeddings = EmbeddingSettings { rate: 0.1, initial: 0.3, ..EmbeddingSettings::default() };
+            let mut model = Both::new(&settings, 1);
+            let mut plain = Logistic::new(logistic::Settings::default().check(4).unwrap(), DEFAULTS.to_vec());
+            let (mut ours, mut theirs) = (0.0, 0.0);
+            for batch in 1..=240 {
+                let drawn = stream.batch(256);
+                let examples = examples(&drawn);
+                let said = model.learn(batch, &examples);
+                let mut without = Vec::new();
+                plain.learn(batch, Time(i64::from(batch) * 3000), &examples, &mut without);
+                if batch == 1 {
+                    assert_eq!(said, without);
+                }
+                if batch > 180 {
+                    let loss = |said: &[Outcome]| {
+                        let of = |(outcome, example): (&Outcome, &Example<'_>)| {
+                            let x = f64::from(if example.positive { outcome.logit } else { -outcome.logit });
+                            libm::log1p(libm::exp(-x))
+                        };
+                        said.iter().zip(&examples).map(of).sum::<f64>()
+                    };
+                    ours += loss(&said);
+                    theirs += loss(&without);
+                }
+            }
+            let n = 60.0 * 256.0;
+            println!("normalize {normalize}: {} with towers, {} without", ours / n, theirs / n);
+            // Labels are noisy by a fifth; users' and items' parities meet only in the product.
+            assert!(ours / n < 0.6 && theirs / n > 0.68, "{} {}", ours / n, theirs / n);
+        }
+    }
+
+    #[test]
+    fn a_quarantined_example_is_as_if_it_had_not_been() {
+        for how in 0..6 {
+            let mut stream = Stream::new(10 + how);
+            let (mut with, mut without) = (Both::new(&settings(), 1), Both::new(&settings(), 1));
+            for batch in 1..=4 {
+                let drawn = stream.batch(120);
+                with.learn(batch, &examples(&drawn));
+                without.learn(batch, &examples(&drawn));
+            }
+            let mut drawn = stream.batch(120);
+            let clean = examples_without(&drawn, 50);
+            // A new id, so a row that must not come to be.
+            drawn[50].0[0].row = 0x1234_5678_9abc_def0;
+            match how {
+                0 => drawn[50].0[0].value = f32::NAN,
+                1 => drawn[50].0[2].value = f32::INFINITY,
+                2 => drawn[50].0[0].value = 2e6,
+                3 => drawn[50].0[0].row = 0,
+                4 => drawn[50].0.iter_mut().for_each(|slot| slot.value = 9e5),
+                _ => {}
+            }
+            let mut all = examples(&drawn);
+            if how == 5 {
+                all[50].weight = f32::NAN;
+            }
+            let mut said = with.learn(5, &all);
+            assert!(said.remove(50).quarantined, "{how}");
+            let expected = without.learn(5, &examples(&clean));
+            let (a, b) = (with.state(), without.state());
+            assert_eq!(a.1.rows.ids, b.1.rows.ids);
+            assert_eq!((a.1.rows.touched, &a.0.rows.ids), (b.1.rows.touched, &b.0.rows.ids));
+            // An example more in a shard shifts which of its sums `gemm` makes together, so the last bits may differ.
+            let close = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-5);
+            assert!(
+                close(&a.1.rows.w, &b.1.rows.w) && close(&a.1.params, &b.1.params) && close(&a.0.rows.w, &b.0.rows.w)
+            );
+            assert!(said.iter().zip(&expected).all(|(a, b)| (a.logit - b.logit).abs() < 1e-5));
+        }
+    }
+
+    fn examples_without(drawn: &[(Vec<Slot>, bool)], at: usize) -> Vec<(Vec<Slot>, bool)> {
+        let mut rest = drawn.to_vec();
+        rest.remove(at);
+        rest
+    }
+
+    #[test]
+    fn an_unknown_id_counts_as_its_feature_s_default_row_which_learns_from_it() {
+        let (mut model, mut stream) = (Both::new(&settings(), 1), Stream::new(4));
+        for batch in 1..=8 {
+            model.learn(batch, &examples(&stream.batch(256)));
+        }
+        let known = stream.batch(1);
+        let (mut unknown, mut default) = (known.clone(), known.clone());
+        unknown[0].0[0].row = 0xabcd_ef01_2345_6789;
+        default[0].0[0].row = DEFAULTS[0];
+        assert_eq!(model.towers.product(&unknown[0].0), model.towers.product(&default[0].0));
+        let row = |model: &Both, id: u64| model.towers.table.row(model.towers.table.find(id)).to_vec();
+        let (before, other) = (row(&model, DEFAULTS[0]), row(&model, DEFAULTS[2]));
+        model.learn(9, &examples(&unknown));
+        assert_ne!(row(&model, DEFAULTS[0]), before);
+        assert_eq!(row(&model, DEFAULTS[2]), other, "the item was known");
+        let mut first = vec![0.0; 4];
+        model.towers.table.rules().begin(0xabcd_ef01_2345_6789, &mut first);
+        assert_ne!(row(&model, 0xabcd_ef01_2345_6789), first, "the new row learned too");
+    }
+
+    #[test]
+    fn a_row_goes_when_no_example_has_named_it_for_long() {
+        let mut settings = settings();
+        settings.table.expire_after = Some(Duration::from_secs(80));
+        let (mut model, mut stream) = (Both::new(&settings, 1), Stream::new(8));
+        let once = stream.batch(1);
+        model.learn(1, &examples(&once)); // at 3 s, in the eighth of 0 to 10 s
+        let there = |model: &Both| model.towers.table.find(once[0].0[0].row) != Place::NONE;
+        let other: Vec<_> =
+            stream.batch(64).into_iter().filter(|(slots, _)| slots[0].row != once[0].0[0].row).collect();
+        for batch in 2..=29 {
+            model.learn(batch, &examples(&other));
+            assert!(there(&model), "batch {batch}");
+        }
+        assert_eq!(model.towers.counts().expired, 0);
+        model.learn(30, &examples(&other)); // at 90 s
+        assert!(!there(&model));
+        assert!(model.towers.counts().expired >= 1);
+        assert_eq!(model.towers.product(&once[0].0), {
+            let mut unknown = once.clone();
+            unknown[0].0[0].row = 0x0123_4567_89ab_cdef;
+            model.towers.product(&unknown[0].0)
+        });
+    }
+
+    #[test]
+    fn a_table_stays_within_its_capacity_and_keeps_what_was_touched_last() {
+        let mut settings = settings();
+        settings.table.capacity = Some(1024);
+        let mut model = Both::new(&settings, 1);
+        let mut drawn = Stream::new(9).batch(200);
+        let mut next = 0;
+        for batch in 1..=40 {
+            for (slots, _) in &mut drawn {
+                next += 1;
+                slots[0].row = xxh3_64(&(1u64 << 40 | next).to_le_bytes());
+            }
+            model.learn(batch, &examples(&drawn));
+            assert!(model.towers.rows() <= 1024, "{}", model.towers.rows());
+            let newest = drawn.iter().all(|(slots, _)| model.towers.table.find(slots[0].row) != Place::NONE);
+            assert!(newest, "the rows of batch {batch} stay");
+        }
+        let counts = model.towers.counts();
+        assert!(counts.admitted > 8000 && counts.evicted > 6900, "{counts:?}");
+        assert_eq!(counts.admitted - counts.evicted + 3, model.towers.rows() as u64);
+        // The default rows are there, whatever their age.
+        for (feature, row) in DEFAULTS[..3].iter().enumerate() {
+            assert_eq!(model.towers.table.find(*row), model.towers.defaults[feature]);
+        }
+    }
+
+    #[test]
+    fn admission_by_chance_depends_on_ids_alone() {
+        let mut settings = settings();
+        settings.table.admit = 0.25;
+        let run = |threads, seed| {
+            let (mut model, mut stream) = (Both::new(&settings, threads), Stream::new(seed));
+            let drawn = stream.batch(600);
+            let mut all = examples(&drawn);
+            all.iter_mut().enumerate().for_each(|(i, example)| example.id = 77 + i as u64);
+            model.learn(1, &all);
+            model
+        };
+        let (one, two) = (run(1, 11), run(2, 11));
+        assert_eq!(one.state(), two.state());
+        let counts = one.towers.counts();
+        let mut distinct: Vec<u64> = Stream::new(11)
+            .batch(600)
+            .iter()
+            .flat_map(|(slots, _)| slots[..slots.len() - 1].to_vec())
+            .map(|slot| slot.row)
+            .collect();
+        let occurrences = distinct.len() as f64;
+        distinct.sort_unstable();
+        distinct.dedup();
+        // Three of four occurrences are refused; of rows that come often most get in all the same.
+        assert!((counts.refused as f64 / occurrences - 0.75).abs() < 0.05, "{counts:?} of {occurrences}");
+        assert!(counts.admitted < distinct.len() as u64 && counts.admitted > distinct.len() as u64 / 4, "{counts:?}");
+    }
+
+    #[test]
+    fn without_the_wide_part_only_presentation_features_have_weights() {
+        let (mut model, mut stream) = (Both::new(&Settings { wide: false, ..settings() }, 1), Stream::new(6));
+        let drawn = stream.batch(300);
+        model.learn(1, &examples(&drawn));
+        let mut positions: Vec<u64> = drawn.iter().map(|(slots, _)| slots[slots.len() - 1].row).collect();
+        positions.push(DEFAULTS[3]);
+        positions.sort_unstable();
+        positions.dedup();
+        assert_eq!(model.state().0.rows.ids, positions);
+    }
+
+    #[test]
+    fn the_digest_sees_every_part_of_the_state() {
+        let (mut model, mut stream) = (Both::new(&settings(), 1), Stream::new(7));
+        model.learn(1, &examples(&stream.batch(300)));
+        let state = model.state().1;
+        let digest = |state: &State| {
+            let mut hash = Xxh3::new();
+            state.add_to(&mut hash);
+            hash.digest128()
+        };
+        let changed = |change: fn(&mut State)| {
+            let mut state = state.clone();
+            change(&mut state);
+            digest(&state) != digest(&model.state().1)
+        };
+        assert!(!changed(|_| ()));
+        assert!(changed(|s| s.rows.ids[1] += 1));
+        assert!(changed(|s| s.rows.w[3] += 1e-3));
+        assert!(changed(|s| s.rows.n[0] += 1e-3));
+        assert!(changed(|s| s.rows.touched[0] += 1));
+        assert!(changed(|s| s.params[0] += 1e-3));
+        assert!(changed(|s| s.dense.mean[0] += 1e-3));
+        assert!(changed(|s| s.dense.square[0] += 1e-3));
+        assert!(changed(|s| s.dense.steps += 1));
+        assert!(changed(|s| s.skipped += 1));
+        assert!(changed(|s| s.periods[0].1 += 1));
+        assert!(changed(|s| s.eighths.push((1, 1))));
+        assert!(changed(|s| s.counts.evicted += 1));
+        assert!(changed(|s| s.counts.refused += 1));
+    }
+
+    #[test]
+    fn a_wrong_setting_is_named_with_its_value() {
+        let refused = |text: &str| match toml::from_str::<Settings>(text) {
+            Ok(settings) => settings.check(&features(), 1).unwrap_err().to_string(),
+            Err(error) => error.to_string(),
+        };
+        assert_eq!(refused("dim = 0"), "`model.two_tower.dim` must be 1 to 256, got 0");
+        assert!(refused("layers = []").starts_with("`model.two_tower.layers` must be 1 to 4 numbers"));
+        assert!(refused("layers = [1, 2, 3, 4, 5]").starts_with("`model.two_tower.layers`"));
+        assert!(refused("device = \"gpu\"").starts_with("`model.two_tower.device` must be `cpu`"));
+        assert!(refused("embeddings = { n0 = 0 }").starts_with("`model.two_tower.embeddings.n0`"));
+        assert!(
+            refused("embeddings = { decay = { keep = 2 } }").starts_with("`model.two_tower.embeddings.decay.keep`")
+        );
+        assert!(refused("table = { admit = 0 }").starts_with("`model.two_tower.table.admit` must be above 0"));
+        assert!(
+            refused("table = { capacity = 5 }").starts_with("`model.two_tower.table.capacity` must be at least 1024")
+        );
+        assert!(refused("table = { expire_after = \"1ms\" }").contains("expire_after` must be at least 8ms, got 1ms"));
+        assert!(refused("dense = { rate = 2 }").starts_with("`model.two_tower.dense.rate`"));
+        assert!(refused("lr = 1").contains("unknown field `lr`"));
+        let one_sided = Settings::default().check(&features()[..2], 1).unwrap_err().to_string();
+        assert!(one_sided.ends_with("two_tower with 2 of the user, 0 of the item"), "{one_sided}");
+        let mut seen = features();
+        seen[3].side = Some(Side::Item);
+        assert!(Settings::default().check(&seen, 1).unwrap_err().to_string().contains("presentation"));
+    }
+}

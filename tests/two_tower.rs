@@ -1,0 +1,150 @@
+//! The two-tower model through the real command: same bytes however it runs, and one score wherever it is computed.
+
+mod common;
+
+use common::{Job, generate, outcome, train_through_kills};
+use tidemill::event::{Chunk, Stream};
+use tidemill::feature::Schema;
+use tidemill::position::Fingerprint;
+use tidemill::serve::{Model, Scorer};
+use tidemill::snapshot::{Snapshot, Store};
+use tidemill::source::decode::{Decoder, RecordSettings};
+
+const DISTURBED: &[&str] =
+    &["-n", "6000", "--partitions", "2", "--disorder", "2s", "--duplicates", "0.02", "--garbage", "0.003"];
+
+/// A job whose features have towers, with every part of the model switched on.
+fn job(input: &std::path::Path) -> Job {
+    let job = Job::over(input);
+    for (feature, tower) in [("user_id", "user"), ("age", "user"), ("item_id", "item"), ("tags", "item")] {
+        job.edit(&format!("name = \"{feature}\""), &format!("name = \"{feature}\"\ntower = \"{tower}\""));
+    }
+    let towers = "[model]\nkind = \"two_tower\"\n[model.two_tower]\ndim = 6\nlayers = [12, 8]\nlayer_norm = true\n\
+        [model.two_tower.table]\nadmit = 0.8\nexpire_after = \"24s\"\ncapacity = 1024\n\
+        [model.two_tower.dense]\nrate = 0.01\nwarm_up = 20\n\
+        [model.two_tower.embeddings.decay]\nper = \"20s\"\nfloor = 0.0\n\n[model.logistic]";
+    job.edit("[model.logistic]", towers);
+    job.edit("examples = 64", "examples = 300");
+    // Ids without end: every impression brings a new one.
+    job.edit("[[crosses]]", "[[features]]\nname = \"trace\"\nfrom = \"id\"\ntower = \"user\"\n[[crosses]]");
+    job
+}
+
+#[test]
+fn the_number_of_threads_does_not_show() {
+    let input = generate(DISTURBED);
+    let runs = ["1", "2", "4"].map(|threads| {
+        let (decode, learn) = (format!("job.decode_threads={threads}"), format!("job.learn_threads={threads}"));
+        let done = job(&input.path().join("in")).train(&["--until-end", "--set", &decode, "--set", &learn]);
+        assert!(done["examples"].as_u64().unwrap() > 5000);
+        outcome(&done)
+    });
+    assert_eq!(runs[0], runs[1]);
+    assert_eq!(runs[0], runs[2]);
+}
+
+#[test]
+fn a_job_killed_at_random_moments_ends_in_the_bytes_of_one_that_never_was() {
+    let input = generate(DISTURBED);
+    let new = || job(&input.path().join("in"));
+    let undisturbed = new().train(&["--until-end"]);
+    let (ends, _) = train_through_kills(10, 77, new);
+    println!("{} jobs", ends.len());
+    for killed in &ends {
+        assert_eq!(outcome(&undisturbed), outcome(killed));
+    }
+    assert!(ends.iter().any(|end| end["resumed"] == true), "no job was killed after its first checkpoint");
+    // Admission, expiry and eviction were all at work.
+    let ids = &undisturbed["tables"]["embedding"];
+    for what in ["admitted", "refused", "expired", "evicted"] {
+        assert!(ids[what].as_u64().unwrap() > 0, "{what}: {ids}");
+    }
+    assert!(ids["rows"].as_u64().unwrap() <= 1024);
+}
+
+#[test]
+fn a_checkpoint_of_one_kind_is_refused_by_the_other() {
+    let input = generate(&["-n", "2000"]);
+    let job = job(&input.path().join("in"));
+    job.train(&["--until-end"]);
+    let said = job.fails(&["--until-end", "--set", "model.kind=\"logistic\""]);
+    assert!(said.contains("`model` was") && said.contains("two_tower"), "{said}");
+}
+
+#[test]
+fn a_model_without_features_for_a_tower_is_refused_with_the_key_to_set() {
+    let input = generate(&["-n", "10"]);
+    let job = Job::over(&input.path().join("in"));
+    let said = job.fails(&["--until-end", "--set", "model.kind=\"two_tower\""]);
+    assert!(said.contains("`model.kind` must be") && said.contains("tower = \"user\""), "{said}");
+}
+
+fn load(job: &Job) -> Snapshot {
+    let store = Store::open(job.path("snapshots").to_str().unwrap()).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(store.load_latest("live")).unwrap().unwrap()
+}
+
+#[test]
+fn a_node_s_score_is_bit_for_bit_that_of_the_snapshot_one_candidate_or_many() {
+    let input = generate(&["-n", "5000"]);
+    let job = job(&input.path().join("in"));
+    job.train(&["--until-end"]);
+    let snapshot = load(&job);
+    assert_eq!(snapshot.manifest.model.kind, "two_tower");
+    assert!(snapshot.manifest.golden.len() > 5);
+    let schema = Schema::from_json(&snapshot.manifest.model.schema.to_string()).unwrap();
+    let text = std::fs::read_to_string(input.path().join("in/impressions-000.jsonl")).unwrap();
+    let records: Vec<serde_json::Value> =
+        text.lines().take(150).map(|line| serde_json::from_str(line).unwrap()).collect();
+    let mut decoder =
+        Decoder::new(Stream::Impressions, &RecordSettings::default(), Some(&schema), false).unwrap().at_serving();
+    let mut expected = |user: &serde_json::Value, record: &serde_json::Value| {
+        let mut record = record.clone();
+        (record["user"], record["id"]) = (user.clone(), "x".into());
+        let mut chunk = Chunk::default();
+        decoder.decode(record.to_string().as_bytes(), 0, Fingerprint::NONE, &mut chunk);
+        snapshot.logit(chunk.slots_of(&chunk.records[0]))
+    };
+    let model = Model::new(load(&job)).unwrap();
+    let mut scorer = Scorer::new();
+    let mut products = std::collections::BTreeSet::new();
+    for user in [&records[0]["user"], &records[3]["user"], &serde_json::json!({"id": "nobody knows me", "age": null})] {
+        // The user stands in the context, and once more in every candidate, where the user tower must run for each.
+        for own in [false, true] {
+            let context =
+                serde_json::json!({ "id": "x", "user": if own { &records[9]["user"] } else { user } }).to_string();
+            let candidate = |record: &serde_json::Value| {
+                let mut candidate = serde_json::json!({"item": record["item"], "tags": record["tags"]});
+                if own {
+                    candidate["user"] = user.clone();
+                }
+                candidate.to_string()
+            };
+            let candidates: Vec<String> = records.iter().map(candidate).collect();
+            for count in [1, 15, 16, 17, 150] {
+                let some = candidates[..count].iter().map(|candidate| candidate.as_bytes());
+                let scores = scorer.score(&model, context.as_bytes(), some).unwrap();
+                for (score, record) in scores.iter().zip(&records) {
+                    assert_eq!(score.logit.to_bits(), expected(user, record).to_bits());
+                    products.insert(score.logit.to_bits());
+                }
+            }
+        }
+    }
+    assert!(products.len() > 50, "scores that are all alike compare nothing");
+}
+
+#[test]
+fn what_the_trainer_says_is_what_the_published_towers_say() {
+    let input = generate(&["-n", "4000"]);
+    let job = job(&input.path().join("in"));
+    let done = job.train(&["--until-end"]);
+    let snapshot = load(&job);
+    // The golden vectors were computed from the published bytes by `Weights::logit`; the reader proves them again.
+    snapshot.prove(|slots| snapshot.logit(slots)).unwrap();
+    let towers = snapshot.weights.towers().unwrap();
+    let said: Vec<f32> = snapshot.manifest.golden.iter().map(|golden| towers.product(&golden.slots())).collect();
+    assert!(said.iter().any(|product| product.abs() > 1e-3), "{said:?}");
+    assert_eq!(snapshot.manifest.rows, done["rows"].as_u64().unwrap());
+}
