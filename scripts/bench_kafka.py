@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """The drain: `tidemill train` from Kafka beside a bare rdkafka consumer on the same topics, in one run on one machine.
 
-    scripts/bench_kafka.py [--impressions 2000000] [--rounds 3] [--window 1h]
+    scripts/bench_kafka.py [--impressions 2000000] [--rounds 3] [--window 1h] [--bound 768]
 
 Starts a real Kafka (scripts/services.sh), generates a stream and writes it into two topics of 4 partitions with `tidemill replay`. In each
 round the bare consumer (examples/drain.rs: default settings, payloads are not even looked at) and Tidemill (fetches, decodes, joins,
 encodes, learns, counts, checkpoints, publishes) read both topics from beginning to end, whole processes, one after the other. Impressions
 a second count the impressions only, for both; the clicks are read beside. With the window of an hour, an hour of impressions waits for its
-clicks all the time: the peak memory is that of a process which leaves them in the broker.
+clicks all the time: the peak memory is that of a process which leaves them in the broker. It fails where that is above --bound MiB, or
+where more impressions were in memory than a partition's disorder explains.
 """
 
 import argparse
@@ -51,6 +52,7 @@ def main():
     parser.add_argument("--impressions", type=int, default=2_000_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--window", default="1h", help="attribution window")
+    parser.add_argument("--bound", type=int, default=768, help="most MiB of memory that Tidemill may take")
     parser.add_argument("--rows", type=pathlib.Path, help="append the rows of the table of scripts/bench.sh to this file")
     arguments = parser.parse_args()
 
@@ -101,6 +103,8 @@ def main():
     waiting = 500 * 3600 if arguments.window == "1h" else "those"  # bench.make_stream has 500 a second
     peak, pending = max(row[1] for row in ours), max(row[3] for row in ours)
     print(f"\nimpressions in memory at most {pending}, of {waiting} that wait for their window; machine load {os.getloadavg()[0]:.1f}")
+    if peak > arguments.bound or pending > 50_000:
+        sys.exit(f"{peak:.0f} MiB at most {arguments.bound} were allowed; {pending} impressions in memory, 50000 were")
     rows = bench_table.Rows("kafka", arguments.rows)
     rows.add("tidemill, from kafka", rate(ours), "M impressions/s", "bare rdkafka consumer", rate(bare))
     cpus = [min(row[2] for row in rounds) / arguments.impressions * 1e6 for rounds in (ours, bare)]
