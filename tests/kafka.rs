@@ -651,7 +651,7 @@ fn a_job_begins_at_the_earliest_or_latest_record_at_a_time_or_at_given_offsets()
         let end = job(&impressions, &clicks).train(&["--until-end", "--set", &setting]);
         assert_eq!(end["counts"]["impressions"], expected, "start = {start}");
     }
-    let setting = format!("impressions.source.start={}", offsets.replace("91", "191"));
+    let setting = format!("impressions.source.start={}", offsets.replace("= 91", "= 191"));
     let said = job(&impressions, &clicks).fails(&["--until-end", "--set", &setting]);
     says(&said, &["impressions.source.start", "191", "0 to 100"]);
 }
