@@ -62,8 +62,7 @@ impl Log {
     /// Connects, finds the partitions of all topics and where they begin and end.
     pub fn connect(stream: Stream, cluster: &Cluster, topics: &Topics) -> Result<Self, Error> {
         cluster.check()?;
-        // Sees what open transactions hide; asks and never reads.
-        let prober = cluster.consumer(stream.name(), &[("isolation.level", "read_uncommitted".into())])?;
+        let prober = cluster.prober(stream.name())?;
         let mut names = BTreeMap::new();
         for topic in &topics.topics {
             let count = partitions(&prober, cluster, topic, ANSWER)?;

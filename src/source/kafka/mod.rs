@@ -236,10 +236,26 @@ impl Cluster {
         Ok(config)
     }
 
-    fn consumer(&self, label: &'static str, more: &[(&str, String)]) -> Result<Consumer, Error> {
+    /// A consumer that never reads: it sees also what open transactions hide, whatever the properties say.
+    fn prober(&self, label: &'static str) -> Result<Consumer, Error> {
+        let mut config = self.assigning()?;
+        config.set("isolation.level", "read_uncommitted");
+        config.create_with_context(Context::new(label)).map_err(refused)
+    }
+
+    /// A consumer with defaults of its own, which properties override.
+    fn consumer(&self, label: &'static str, defaults: &[(&str, String)]) -> Result<Consumer, Error> {
+        let mut config = self.assigning()?;
+        for (name, value) in defaults.iter().filter(|(name, _)| !self.properties.contains_key(*name)) {
+            config.set(*name, value);
+        }
+        config.create_with_context(Context::new(label)).map_err(refused)
+    }
+
+    /// What all consumers have in common: partitions and positions are their caller's business.
+    fn assigning(&self) -> Result<ClientConfig, Error> {
         let mut config = self.base()?;
-        let given = |name: &str| self.properties.contains_key(name);
-        if !given("isolation.level") {
+        if !self.properties.contains_key("isolation.level") {
             config.set("isolation.level", "read_committed");
         }
         config
@@ -247,10 +263,7 @@ impl Cluster {
             .set("enable.auto.commit", "false")
             .set("enable.auto.offset.store", "false")
             .set("auto.offset.reset", "error");
-        for (name, value) in more.iter().filter(|(name, _)| !given(name)) {
-            config.set(*name, value);
-        }
-        config.create_with_context(Context::new(label)).map_err(refused)
+        Ok(config)
     }
 }
 
