@@ -86,6 +86,9 @@ fn snapshot(schema: &Schema) -> Snapshot {
         lineage: String::new(),
         created: Time(0),
         kind: Kind::Full,
+        delta: None,
+        precision: tidemill::snapshot::Precision::F32,
+        rounding: 0.0,
         objects: Vec::new(),
         rows: ids.len() as u64,
         facts: Facts::default(),
@@ -98,7 +101,7 @@ fn snapshot(schema: &Schema) -> Snapshot {
         build: Build::this(),
         golden: Vec::new(),
     };
-    Snapshot { manifest, weights: Weights::new(ids, values, -2.0, default_rows).unwrap() }
+    Snapshot::new(manifest, Weights::new(ids, values, -2.0, default_rows).unwrap())
 }
 
 struct Request {

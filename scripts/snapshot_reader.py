@@ -37,6 +37,18 @@ PAYLOAD = {
     "logistic.intercept": "float32",
     "logistic.default_rows": "uint64",
 }
+# In the order in which arrays stand in a file.
+DTYPES = {
+    "uint64": "U64",
+    "int64": "I64",
+    "float64": "F64",
+    "float32": "F32",
+    "uint32": "U32",
+    "int32": "I32",
+    "float16": "F16",
+    "uint8": "U8",
+    "int8": "I8",
+}
 
 
 class Refused(Exception):
@@ -80,7 +92,97 @@ def current_version(store, channel):
     return entry["version"]
 
 
-def read_payload(store, key, length, digest):
+def read_manifest(store, version):
+    """The manifest of a version, its key, and the digest of its bytes, by which a delta names it."""
+    key = f"manifests/{version:012}.json"
+    manifest = read_sealed(store, key, "tidemill-manifest/2")
+    require(manifest["version"] == version, key, f"is of version {manifest['version']}: the file was moved")
+    kind = manifest["kind"]
+    require(kind in ("full", "delta"), key, f"is of kind `{kind}`, this reader knows `full` and `delta`")
+    require((manifest["delta"] is not None) == (kind == "delta"), key, "must say what it changes if it is a delta")
+    return key, manifest, xxhash.xxh3_128_hexdigest(read(store, key))
+
+
+def read_chain(store, version):
+    """Keys and manifests from a full to `version`, each the one that the delta behind it names."""
+    key, manifest, _ = read_manifest(store, version)
+    chain = [(key, manifest)]
+    while (link := chain[-1][1]["delta"]) is not None:
+        before_key, before, digest = read_manifest(store, link["after"])
+        same = digest == link["after_digest"]
+        require(same, chain[-1][0], f"changes a `{before_key}` with other bytes: an object was replaced")
+        number, full = (before["delta"]["number"], before["delta"]["full"]) if before["delta"] else (0, link["after"])
+        fits = (link["number"], link["full"]) == (number + 1, full)
+        require(fits, chain[-1][0], f"is not the delta after `{before_key}`")
+        chain.append((before_key, before))
+    return chain[::-1]
+
+
+def read_arrays(store, chain):
+    """The arrays of a version: those of the full, changed by one delta after the other."""
+    for key, manifest in chain:
+        objects = manifest["objects"]
+        require(len(objects) == 1, key, f"has {len(objects)} objects, a model has one")
+        payload, length, digest = objects[0]["name"], objects[0]["length"], objects[0]["digest"]
+        require(payload == f"objects/{digest}.safetensors", key, f"names `{payload}`, which does not fit its digest")
+        if manifest["delta"] is None:
+            arrays = read_payload(store, payload, length, digest, "snapshot/1")
+        else:
+            arrays = changed(arrays, read_payload(store, payload, length, digest, "delta/1"), payload)
+    result = chain[-1][1]["delta"] and chain[-1][1]["delta"]["result"]
+    if result:
+        data = payload_bytes(arrays, "snapshot/1")
+        found = (len(data), xxhash.xxh3_128_hexdigest(data))
+        promised = (result["length"], result["digest"])
+        require(found == promised, chain[-1][0], f"gives a payload of (length, digest) {found}, it says {promised}")
+    return payload, arrays
+
+
+def changed(arrays, delta, key):
+    """Arrays after a delta: docs/snapshot-format.md, "Deltas"."""
+    arrays = dict(arrays)
+    for table, columns in ("logistic", ["weights"]), ("embedding", ["rows", "rows.scales"]):
+        name = f"{table}.ids"
+        require((name in arrays) == (name in delta), key, f"has `{name}`, or not, unlike what it changes")
+        if name not in delta:
+            continue
+        ids, new, removed = arrays[name], delta.pop(name), delta.pop(f"{table}.removed")
+        require(np.isin(removed, ids).all() and not np.isin(removed, new).any(), key, f"removes rows of `{name}` that are not there")
+        keep = ~np.isin(ids, removed) & ~np.isin(ids, new)
+        order = np.argsort(np.concatenate([ids[keep], new]), kind="stable")
+        arrays[name] = np.concatenate([ids[keep], new])[order]
+        for column in columns:
+            column = f"{table}.{column}"
+            require((column in arrays) == (column in delta), key, f"has `{column}`, or not, unlike what it changes")
+            if column in delta:
+                more = delta.pop(column)
+                fits = (more.dtype, more.shape[1:]) == (arrays[column].dtype, arrays[column].shape[1:])
+                require(fits and len(more) == len(new), key, f"has `{column}` as {more.dtype} {more.shape}")
+                arrays[column] = np.concatenate([arrays[column][keep], more])[order]
+    for name, array in delta.items():
+        dense = name == "logistic.intercept" or name in arrays and name.startswith("towers.")
+        require(dense, key, f"holds `{name}`, which no delta for this model has")
+        fits = (array.dtype, array.shape) == (arrays[name].dtype, arrays[name].shape)
+        require(fits, key, f"has `{name}` as {array.dtype} {array.shape}")
+        arrays[name] = array
+    return arrays
+
+
+def payload_bytes(arrays, made_for):
+    """The one file that holds these arrays: docs/snapshot-format.md, "Payload"."""
+    names = sorted(arrays, key=lambda name: (list(DTYPES).index(str(arrays[name].dtype)), name))
+    header, data = {"__metadata__": {"tidemill": made_for}}, b""
+    for name in names:
+        array = arrays[name]
+        start, data = len(data), data + array.tobytes()
+        dtype, shape = DTYPES[str(array.dtype)], list(array.shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, len(data)]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def read_payload(store, key, length, digest, format):
     """The arrays of a payload by name, as numpy arrays."""
     data = read(store, key)
     require(len(data) == length, key, f"has {len(data)} bytes, the manifest says {length}")
@@ -92,7 +194,7 @@ def read_payload(store, key, length, digest):
         raise Refused(f"`{key}` is not a safetensors file: {error}") from error
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # has the metadata, which `load` leaves out
     made_for = header.get("__metadata__", {}).get("tidemill")
-    require(made_for == "snapshot/1", key, f"was made for `{made_for}`, expected `snapshot/1`")
+    require(made_for == format, key, f"was made for `{made_for}`, expected `{format}`")
     return arrays
 
 
@@ -102,7 +204,11 @@ class Towers:
     def __init__(self, arrays, default_rows, key):
         """Takes its arrays out of `arrays`."""
         take = lambda name, dtype, shape=None: self.take(arrays, key, name, dtype, shape)
-        self.ids, self.rows = take("embedding.ids", "uint64"), take("embedding.rows", "float32")
+        self.ids = take("embedding.ids", "uint64")
+        rows = take("embedding.rows", ("float32", "float16", "int8"))
+        self.rows = rows.astype(np.float32)
+        if rows.dtype == np.int8:
+            self.rows *= take("embedding.rows.scales", "float32", (len(rows),))[:, np.newaxis]
         require(self.rows.ndim == 2 and len(self.rows) == len(self.ids), key, "has other vectors than ids")
         require(np.all(self.ids[:-1] < self.ids[1:]) and 0 not in self.ids[:1], key, "has embedding ids out of order, or 0")
         dim = self.rows.shape[1]
@@ -140,9 +246,10 @@ class Towers:
     def take(arrays, key, name, dtype, shape):
         require(name in arrays, key, f"has no `{name}`")
         array = arrays.pop(name)
-        fits = array.dtype == dtype and shape in (None, array.shape)
-        require(fits, key, f"has `{name}` as {array.dtype} {array.shape}, expected {dtype} {shape or ''}")
-        require(dtype != "float32" or np.isfinite(array).all(), key, f"has a number in `{name}` that is not finite")
+        dtypes = (dtype,) if isinstance(dtype, str) else dtype
+        fits = str(array.dtype) in dtypes and shape in (None, array.shape)
+        require(fits, key, f"has `{name}` as {array.dtype} {array.shape}, expected {' or '.join(dtypes)} {shape or ''}")
+        require(array.dtype.kind != "f" or np.isfinite(array).all(), key, f"has a number in `{name}` that is not finite")
         return array
 
     def find(self, row):
@@ -183,10 +290,9 @@ class Snapshot:
         """Loads `version`, or what `channel` names. Records encoded elsewhere fit only one schema: give its hash."""
         self = cls()
         version = current_version(store, channel) if version is None else version
-        key = f"manifests/{version:012}.json"
-        self.manifest = manifest = read_sealed(store, key, "tidemill-manifest/1")
-        require(manifest["version"] == version, key, f"is of version {manifest['version']}: the file was moved")
-        require(manifest["kind"] == "full", key, f"is of kind `{manifest['kind']}`, this reader knows `full`")
+        chain = read_chain(store, version)
+        key, self.manifest = chain[-1]
+        manifest = self.manifest
         model = manifest["model"]
         kinds = ("logistic", "two_tower")
         require(model["kind"] in kinds, key, f"has a `{model['kind']}` model, this reader knows {' and '.join(kinds)}")
@@ -196,17 +302,17 @@ class Snapshot:
         require(encoding == 1, key, f"has encoding {encoding}, this reader knows 1")
         self.schema = Schema(model["schema"])
 
-        objects = manifest["objects"]
-        require(len(objects) == 1, key, f"has {len(objects)} objects, a model has one")
-        payload, length, digest = objects[0]["name"], objects[0]["length"], objects[0]["digest"]
-        require(payload == f"objects/{digest}.safetensors", key, f"names `{payload}`, which does not fit its digest")
-        arrays = read_payload(store, payload, length, digest)
+        payload, arrays = read_arrays(store, chain)
         features = len(self.schema.features) + len(self.schema.crosses)
         self.towers = None
         if model["kind"] == "two_tower":
             require("logistic.default_rows" in arrays, payload, "has no `logistic.default_rows`")
             self.towers = Towers(arrays, arrays["logistic.default_rows"], payload)
+        rounded = manifest["precision"] != "f32"
         types = {name: str(array.dtype) for name, array in arrays.items()}
+        if rounded and types.get("logistic.weights") == "float16":
+            arrays["logistic.weights"] = arrays["logistic.weights"].astype(np.float32)
+            types["logistic.weights"] = "float32"
         require(types == PAYLOAD, payload, f"holds {types}, a logistic model is {PAYLOAD}")
         self.ids, self.weights, intercept, default_rows = (arrays[name] for name in PAYLOAD)
         shapes = [array.shape for array in (self.ids, self.weights, intercept, default_rows)]

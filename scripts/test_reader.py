@@ -108,16 +108,32 @@ def reader(*args, code=0):
     return done.stdout, done.stderr
 
 
-def train_obd():
-    home = SCRATCH / "obd"
+def train_obd(name="obd", **more):
+    home = SCRATCH / name
     home.mkdir()
-    places = {"checkpoint.dir": home / "checkpoints", "snapshots.store": home / "snapshots"}
-    sets = [part for key, path in places.items() for part in ("--set", f"{key}={json.dumps(str(path))}")]
+    places = {"checkpoint.dir": home / "checkpoints", "snapshots.store": home / "snapshots", **more}
+    sets = [part for key, path in places.items() for part in ("--set", f"{key}={json.dumps(path if isinstance(path, int) else str(path))}")]
     tidemill("train", "-c", ROOT / "configs/obd.toml", "--until-end", *sets)
     return home / "snapshots"
 
 
-def train_towers(name, **settings):
+def train_generated(snapshots):
+    """A stream with so many ids that a version changes few of them: chains are long."""
+    home = SCRATCH / "generated"
+    tidemill("generate", "--out", home, "--impressions", 60_000)
+    places = {
+        "impressions.source.paths": [str(home / "impressions-000.jsonl")],
+        "clicks.source.paths": [str(home / "clicks-000.jsonl")],
+        "checkpoint.dir": str(home / "checkpoints"),
+        "snapshots.store": str(home / "snapshots"),
+        **snapshots,
+    }
+    sets = [part for key, value in places.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    tidemill("train", "-c", ROOT / "configs/generated.toml", "--until-end", *sets)
+    return home / "snapshots"
+
+
+def train_towers(name, snapshots=None, **settings):
     """The slates by a two-tower model, with settings of its own."""
     home = SCRATCH / name
     home.mkdir()
@@ -128,6 +144,8 @@ def train_towers(name, **settings):
     settings = {"kind": "two_tower", "two_tower.dense.rate": 0.01, "two_tower.dense.warm_up": 0, **settings}
     (home / "towers.toml").write_text(config)
     sets = [part for key, value in settings.items() for part in ("--set", f"model.{key}={json.dumps(value)}")]
+    for key, value in (snapshots or {"snapshots.deltas": 0}).items():
+        sets += ["--set", f"{key}={json.dumps(value)}"]
     tidemill("train", "-c", "towers.toml", "--until-end", "--set", "batch.examples=64", *sets, cwd=home)
     return home / "snapshots"
 
@@ -155,7 +173,7 @@ def train_slates():
     write = lambda name, records: (home / name).write_text("".join(json.dumps(r) + "\n" for r in records))
     write("slates.jsonl", slates)
     write("clicks.jsonl", clicks)
-    tidemill("train", "-c", "slates.toml", "--until-end", cwd=home)
+    tidemill("train", "-c", "slates.toml", "--until-end", "--set", "snapshots.deltas=0", cwd=home)
     return home / "snapshots"
 
 
@@ -194,12 +212,18 @@ class Store:
 class Reader(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        cls.obd = train_obd()
+        cls.obd = train_obd(**{"snapshots.deltas": 0})
         cls.slates = train_slates()
         plain = {"two_tower.dim": 8, "two_tower.layers": [16, 8]}
         full = {**plain, "two_tower.layer_norm": True, "two_tower.normalize": True, "two_tower.activation": "tanh"}
         cls.towers = [train_towers("towers", **plain), train_towers("all-on", **full)]
         cls.towers.append(train_towers("narrow", **{"two_tower.wide": False}))
+        # Many versions, in chains of deltas, at each precision.
+        often = {"publish.every": "20s", "publish.min_interval": "0s", "snapshots.keep": 1000}
+        cls.long = train_generated(often)
+        cls.chains = [train_obd("obd-deltas", **{**often, "publish.every": "1h", "snapshots.precision": "f16"})]
+        for precision in "f32", "f16", "int8":
+            cls.chains.append(train_towers(f"towers-{precision}", {**often, "snapshots.precision": precision}, **plain))
 
     def compare(self, what, ours, theirs, records, logit_tolerance=0):
         """Predictions must agree within 1e-6; the logits of equal slots to the last bit."""
@@ -286,6 +310,46 @@ class Reader(unittest.TestCase):
             print(f"{store.parent.name}: {len(golden)} golden vectors, max |difference| of logits {worst:.3g}")
             self.assertGreater(len(golden), 1)
             self.assertLessEqual(worst, 1e-5)
+
+    def test_a_chain_of_deltas_gives_the_scores_of_tidemill_score_at_every_precision(self):
+        for store in self.chains:
+            versions = sorted(int(path.stem) for path in (store / "manifests").glob("*.json"))
+            manifests = [json.loads((store / f"manifests/{version:012}.json").read_text()) for version in versions]
+            deltas = [manifest for manifest in manifests if manifest["delta"]]
+            self.assertGreater(len(deltas), 0, store)
+            deep = max(deltas, key=lambda manifest: (manifest["delta"]["number"], manifest["version"]))
+            if "obd" in store.parent.name:
+                args, records = [IMPRESSIONS], 40_000
+            else:
+                args, records = [SCRATCH / "slates/slates.jsonl", "--config", store.parent / "towers.toml"], 2400
+            theirs = tidemill("score", "--store", store, *args, "--version-number", deep["version"])
+            ours = reader(store, *args, "--version", deep["version"])[0]
+            self.compare(f"{store.parent.name}, delta {deep['delta']['number']}", ours, theirs, records, 1e-5)
+            print(f"{store.parent.name}: {deep['objects'][0]['length']} bytes, a full {deep['delta']['result']['length']}")
+            self.assertEqual(deep["rounding"] > 0, deep["precision"] != "f32")
+
+    def test_a_chain_with_a_missing_a_foreign_or_a_forged_link_is_refused(self):
+        original = self.long
+        versions = sorted(int(path.stem) for path in (original / "manifests").glob("*.json"))
+        path = lambda store, version: store.dir / f"manifests/{version:012}.json"
+        link = lambda version: json.loads(path(Store(original), version).read_text())["delta"]
+        deep = max((version for version in versions if link(version)), key=lambda version: link(version)["number"])
+        after = link(deep)["after"]
+        self.assertGreater(link(deep)["number"], 1)
+        cases = [
+            (lambda store: path(store, after).unlink(), "is not in"),
+            (lambda store: store.reseal(path(store, after), lambda m: m.update(writer="another")), "other bytes"),
+            (lambda store: store.reseal(path(store, deep), lambda m: m["delta"].update(number=1)), "not the delta after"),
+            (lambda store: store.reseal(path(store, deep), lambda m: m["delta"]["result"].update(length=1)), "gives a payload"),
+            (lambda store: store.reseal(path(store, deep), lambda m: m.update(delta=None)), "if it is a delta"),
+            (lambda store: store.reseal(path(store, deep), lambda m: m.update(kind="full", delta=None)), "delta/1"),
+        ]
+        for change, reason in cases:
+            store = Store(original)
+            Snapshot.load(store.dir, version=deep)
+            change(store)
+            with self.assertRaisesRegex(Refused, reason):
+                Snapshot.load(store.dir, version=deep)
 
     def test_a_version_may_be_asked_for_and_other_files_are_no_entries(self):
         store = Store(self.obd)
@@ -387,9 +451,10 @@ class Reader(unittest.TestCase):
             return lambda manifest: manifest["model"].update(members)
 
         manifests = [
-            (lambda m: m.update(format="tidemill-manifest/2"), "tidemill-manifest/2"),
+            (lambda m: m.update(format="tidemill-manifest/3"), "tidemill-manifest/3"),
             (lambda m: m.update(version=1000), "moved"),
-            (lambda m: m.update(kind="delta"), "delta"),
+            (lambda m: m.update(kind="delta"), "if it is a delta"),
+            (lambda m: m.update(kind="other"), "kind `other`"),
             (lambda m: m.update(rows=m["rows"] + 1), "shapes"),
             (lambda m: m.update(objects=m["objects"] * 2), "2 objects"),
             (lambda m: m["objects"][0].update(name="objects/other.safetensors"), "does not fit its digest"),

@@ -63,6 +63,7 @@ const UPWARD: &[(&str, &str, &str)] = &[
 const FOREIGN: &[(&str, &[&str])] = &[
     ("object_store", &["src/snapshot/"]),
     ("safetensors", &["src/snapshot/codec.rs"]),
+    ("half", &["src/snapshot/"]),
     ("futures", &["src/snapshot/store.rs", "src/source/kafka/admin.rs"]),
     ("flate2", &["src/source/file.rs", "src/cli/generate.rs"]),
     ("zstd", &["src/source/file.rs", "src/cli/generate.rs"]),

@@ -64,7 +64,9 @@ fn model(with_towers: bool) -> Model {
         seen.sort_unstable();
         let rows = (0..seen.len() * layout.dim).map(|i| (i % 7) as f32 - 3.0).collect();
         let params = (0..layout.pair().len).map(|i| (i % 11) as f32 * 0.01 - 0.05).collect();
-        weights = weights.with_towers(Towers::new(layout, seen, rows, params, &default_rows).unwrap());
+        weights = weights.with_towers(
+            Towers::new(layout, seen, tidemill::snapshot::Vectors::exact(16, rows), params, &default_rows).unwrap(),
+        );
         golden = Golden::new(&[], weights.logit(&[]));
         assert_ne!(golden.logit, 0.5);
     }
@@ -77,6 +79,9 @@ fn model(with_towers: bool) -> Model {
         lineage: "main".to_owned(),
         created: tidemill::event::Time(0),
         kind: Kind::Full,
+        delta: None,
+        precision: tidemill::snapshot::Precision::F32,
+        rounding: 0.0,
         objects: Vec::new(),
         rows: weights.rows() as u64,
         facts: Facts::default(),
@@ -89,7 +94,7 @@ fn model(with_towers: bool) -> Model {
         build: Build::this(),
         golden: vec![golden],
     };
-    Model::new(Snapshot { manifest, weights }).unwrap()
+    Model::new(Snapshot::new(manifest, weights)).unwrap()
 }
 
 fn body(candidates: usize) -> String {

@@ -7,6 +7,7 @@ use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::Arc;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -112,17 +113,31 @@ impl Shop {
     }
 
     fn publish(&mut self) -> Version {
+        let factor = 1.0 + (self.published + 1) as f32 / 64.0;
+        self.publish_rows(|_, w| Some(w * factor))
+    }
+
+    /// Of the trained rows every fortieth has another weight, and of those one is gone; each time others.
+    fn publish_a_few(&mut self) -> Version {
+        let number = self.published as usize + 1;
+        self.publish_rows(|at, w| match at % 40 == number % 40 {
+            true => (at / 40 != number).then_some(w + number as f32 / 8.0),
+            false => Some(w),
+        })
+    }
+
+    fn publish_rows(&mut self, row: impl Fn(usize, f32) -> Option<f32>) -> Version {
         self.published += 1;
         let base = &self.base.weights;
-        let factor = 1.0 + self.published as f32 / 64.0;
-        let values = base.weights().iter().map(|w| w * factor).collect();
-        let weights =
-            Weights::new(base.ids().to_vec(), values, base.intercept(), base.default_rows().to_vec()).unwrap();
+        let rows = base.ids().iter().zip(base.weights()).enumerate();
+        let rows = rows.filter_map(|(at, (id, w))| Some((*id, row(at, *w)?)));
+        let (ids, values) = rows.unzip();
+        let weights = Weights::new(ids, values, base.intercept(), base.default_rows().to_vec()).unwrap();
         let golden: Vec<_> = self.base.manifest.golden.iter().map(|g| g.slots()).collect();
         let golden: Vec<_> = golden.iter().map(|s| snapshot::Golden::new(s, weights.logit(s))).collect();
         assert!(!golden.is_empty());
         let facts = Facts { batch: self.published, frontier_time: Some(Time(1_767_225_600_000)), ..Facts::default() };
-        let published = block_on(self.publisher.as_mut().unwrap().publish(&weights, facts, &golden)).unwrap();
+        let published = block_on(self.publisher.as_mut().unwrap().publish(Arc::new(weights), facts, &golden)).unwrap();
         let Outcome::Published(version) = published else { panic!("{published:?}") };
         version
     }
@@ -142,6 +157,7 @@ impl Shop {
         let key = snapshot::store::object_key(payload.digest);
         let mut made = self.base.manifest.clone();
         made.version = version;
+        (made.kind, made.delta) = (snapshot::manifest::Kind::Full, None);
         made.objects[0] =
             snapshot::manifest::ObjectRef { name: key.clone(), length: payload.length, digest: payload.digest };
         for golden in &mut made.golden {
@@ -497,9 +513,12 @@ fn while_the_store_is_away_serving_goes_on_and_then_catches_up() {
     let wait_for_the_copy = |version: Version| {
         let began = Instant::now();
         let files = |folder: &str| std::fs::read_dir(cache.join(folder)).unwrap().count();
-        while block_on(Store::open(cache.to_str().unwrap()).unwrap().load(version)).is_err()
-            || (files("manifests"), files("objects")) != (1, 1)
-        {
+        let whole = || {
+            let copy = block_on(Store::open(cache.to_str().unwrap()).unwrap().load(version)).ok()?;
+            let chain = 1 + copy.manifest.delta.map_or(0, |link| link.number as usize);
+            Some((files("manifests"), files("objects")) == (chain, chain))
+        };
+        while whole() != Some(true) {
             assert!(began.elapsed() < Duration::from_secs(30), "version {version} was not copied");
         }
     };
@@ -542,6 +561,56 @@ fn while_the_store_is_away_serving_goes_on_and_then_catches_up() {
     let ready = serving.ready_when("the store to be missed", |_, ready| ready["store_problem"].is_object());
     assert_eq!((&ready["ready"], &ready["version"]), (&json!(false), &Value::Null));
     assert_eq!(serving.score(body).0, 503);
+}
+
+#[test]
+fn a_node_follows_deltas_and_takes_a_full_where_they_do_not_lead_on_from_what_it_holds() {
+    let mut shop = Shop::new();
+    let first = shop.publish_a_few();
+    let cache = shop.dir.path().join("cache");
+    let cached = format!("cache=\"{}\"", cache.display());
+    let mut serving = Serving::start(&shop.path(), &[&cached]);
+    serving.serves(first);
+    let records = records();
+    let store = Store::open(shop.path().to_str().unwrap()).unwrap();
+    let (context, _) = split(&records[0]);
+    let candidates: Vec<Value> = records[..200].iter().map(|record| split(record).1).collect();
+    let body = json!({"context": context, "candidates": candidates}).to_string();
+    let equals_the_store = |serving: &Serving, version: Version, deltas: u32| {
+        serving.serves(version);
+        let snapshot = block_on(store.load(version)).unwrap();
+        assert_eq!(snapshot.manifest.delta.as_ref().map_or(0, |link| link.number), deltas);
+        let (status, answer) = serving.score(&body);
+        assert_eq!((status, &answer["version"]), (200, &json!(version)), "{answer}");
+        let expected: Vec<f32> = candidates.iter().map(|c| logit_of(&snapshot, &context, c)).collect();
+        assert_eq!(logits(&answer), expected, "version {version}");
+        let (_, model) = serving.get("/v1/model");
+        assert_eq!((&model["deltas"], &model["rows"]), (&json!(deltas), &json!(snapshot.manifest.rows)));
+    };
+    for deltas in 1..=5 {
+        let version = shop.publish_a_few();
+        equals_the_store(&serving, version, deltas);
+    }
+
+    // It was away for the sixth, and starts from its copy of the fifth.
+    drop(serving);
+    shop.publish_a_few();
+    let away = shop.dir.path().join("away");
+    std::fs::rename(shop.path(), &away).unwrap();
+    serving = Serving::start(&shop.path(), &[&cached]);
+    assert_eq!(serving.serves(Version(6))["from_cache"], json!(true));
+    std::fs::rename(&away, shop.path()).unwrap();
+    equals_the_store(&serving, Version(7), 6);
+    let seventh = shop.publish_a_few();
+    equals_the_store(&serving, seventh, 7);
+
+    // A trainer that starts anew begins another chain.
+    shop.open(shop.base.manifest.model.clone());
+    let full = shop.publish_a_few();
+    equals_the_store(&serving, full, 0);
+    let (skipped, last) = (shop.publish_a_few(), shop.publish_a_few());
+    equals_the_store(&serving, last, 2);
+    assert!(skipped < last);
 }
 
 #[test]

@@ -13,7 +13,7 @@ use crate::snapshot::manifest::PartitionPosition;
 use crate::snapshot::publish::Plan;
 use crate::snapshot::retain::retain;
 use crate::snapshot::towers::Towers;
-use crate::snapshot::{self, Facts, Golden, ModelInfo, Outcome, Publisher, Remedy, Store, Version, Weights};
+use crate::snapshot::{self, Facts, Golden, ModelInfo, Outcome, Publisher, Remedy, Store, Vectors, Version, Weights};
 use crate::telemetry::{self, Stage};
 use crate::train::core::Image;
 use crate::train::image::{self, Digests};
@@ -225,11 +225,12 @@ impl Worker {
         let tables = table_counts(&model);
         let weights = weights(&self.model, model).map_err(|error| snapshot::Error::Unfit(error.to_string()))?;
         let golden = golden(job, &weights);
+        let weights = Arc::new(weights);
         let mut facts = facts(job, digests);
         facts.counts.extend(tables);
         let mut wait = Duration::from_millis(200);
         for attempt in 1.. {
-            match self.runtime.block_on(self.publisher.publish(&weights, facts.clone(), &golden)) {
+            match self.runtime.block_on(self.publisher.publish(Arc::clone(&weights), facts.clone(), &golden)) {
                 Err(error) if error.remedy() == Remedy::Retry && attempt < TRIES => {
                     tracing::warn!(error = %chain(&error), attempt, "publishing failed, trying again");
                     thread::sleep(wait);
@@ -258,7 +259,8 @@ fn weights(checked: &model::Checked, state: model::State) -> Result<Weights, cod
     let intercept = logistic.intercept.w as f32;
     let weights = Weights::new(logistic.rows.ids, logistic.rows.w, intercept, checked.default_rows.clone())?;
     let (Some(checked), Some(towers)) = (&checked.towers, state.towers) else { return Ok(weights) };
-    let towers = Towers::new(checked.layout(), towers.rows.ids, towers.rows.w, towers.params, weights.default_rows())?;
+    let rows = Vectors::exact(checked.settings.dim, towers.rows.w);
+    let towers = Towers::new(checked.layout(), towers.rows.ids, rows, towers.params, weights.default_rows())?;
     Ok(weights.with_towers(towers))
 }
 

@@ -102,7 +102,7 @@ async fn list(store: &Store, place: &Where, out: &mut String) -> anyhow::Result<
             Ok(manifest) => json!({
                 "version": version, "channels": named, "lineage": manifest.lineage, "epoch": manifest.epoch,
                 "batch": manifest.facts.batch, "frontier": manifest.facts.frontier_time.map(|t| t.to_string()),
-                "rows": manifest.rows, "bytes": bytes(&manifest),
+                "kind": manifest.kind, "rows": manifest.rows, "bytes": bytes(&manifest),
                 "logloss": metric(&manifest, "logloss"), "auc": metric(&manifest, "auc"),
             }),
             Err(e) => {
@@ -115,8 +115,8 @@ async fn list(store: &Store, place: &Where, out: &mut String) -> anyhow::Result<
     }
     writeln!(
         out,
-        "{:>8} {:>10} {:<24} {:>10} {:>12} {:>9} {:>7}  channels",
-        "version", "batch", "frontier", "rows", "bytes", "logloss", "auc"
+        "{:>8} {:>10} {:<24} {:>10} {:<5} {:>12} {:>9} {:>7}  channels",
+        "version", "batch", "frontier", "rows", "kind", "bytes", "logloss", "auc"
     )?;
     for row in &rows {
         let number = |key: &str| row[key].as_u64().map_or_else(|| "-".to_owned(), |n| n.to_string());
@@ -128,11 +128,12 @@ async fn list(store: &Store, place: &Where, out: &mut String) -> anyhow::Result<
         let named: Vec<_> = row["channels"].as_array().into_iter().flatten().filter_map(|c| c.as_str()).collect();
         writeln!(
             out,
-            "{:>8} {:>10} {:<24} {:>10} {:>12} {:>9} {:>7}  {}",
+            "{:>8} {:>10} {:<24} {:>10} {:<5} {:>12} {:>9} {:>7}  {}",
             number("version"),
             number("batch"),
             row["frontier"].as_str().unwrap_or("-"),
             number("rows"),
+            row["kind"].as_str().unwrap_or("-"),
             number("bytes"),
             float("logloss", 5),
             float("auc", 4),
@@ -176,6 +177,21 @@ async fn show(store: &Store, version: Option<Version>, place: &Where, out: &mut 
     line("epoch", &format_args!("{}, writer {}", manifest.epoch, manifest.writer))?;
     line("created", &manifest.created)?;
     line("build", &format_args!("tidemill {} on {}", manifest.build.crate_version, manifest.build.target))?;
+    line(
+        "kind",
+        &match &manifest.delta {
+            None => "full".to_owned(),
+            Some(link) => format!(
+                "delta {} after full {}, changes version {}: {} rows new or other, {} gone",
+                link.number, link.full, link.after, link.changed, link.removed
+            ),
+        },
+    )?;
+    let precision = serde_json::to_value(manifest.precision)?;
+    line(
+        "precision",
+        &format_args!("{}, moves golden logits by up to {}", precision.as_str().unwrap_or("?"), manifest.rounding),
+    )?;
     for object in &manifest.objects {
         line("object", &format_args!("{}, {} bytes", object.name, object.length))?;
     }
@@ -285,7 +301,7 @@ mod tests {
     }
 
     fn publish(dir: &Path) {
-        let settings = Settings { store: dir.to_str().unwrap().to_owned(), ..Settings::default() };
+        let settings = Settings { store: dir.to_str().unwrap().to_owned(), deltas: 0, ..Settings::default() };
         let plan = settings.check().unwrap();
         let weights = Weights::new(vec![3, 9], vec![0.5, -0.25], -1.0, vec![3]).unwrap();
         let golden = [Golden::new(&[Slot { row: 9, value: 1.0, feature: 0, flags: 0 }], -1.25)];
@@ -299,8 +315,8 @@ mod tests {
         runtime.block_on(async {
             let model = ModelInfo { kind: "logistic".to_owned(), ..ModelInfo::default() };
             let mut publisher = Publisher::open(plan.open().unwrap(), &plan, "main", model).await.unwrap();
-            publisher.publish(&weights, facts(7), &golden).await.unwrap();
-            publisher.publish(&weights, facts(8), &golden).await.unwrap();
+            publisher.publish(std::sync::Arc::new(weights.clone()), facts(7), &golden).await.unwrap();
+            publisher.publish(std::sync::Arc::new(weights.clone()), facts(8), &golden).await.unwrap();
         });
     }
 
@@ -313,7 +329,8 @@ mod tests {
         let lines: Vec<_> = text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>()).collect();
         assert_eq!(lines.len(), 3, "{text}");
         assert_eq!(lines[2][..4], ["2", "8", "2023-11-14T22:13:20.000Z", "2"]);
-        assert_eq!(lines[2][5..], ["0.61000", "0.7125", "live"]);
+        assert_eq!(lines[2][4], "full");
+        assert_eq!(lines[2][6..], ["0.61000", "0.7125", "live"]);
         let (text, done) = call(&["show"], dir.path());
         done.unwrap();
         assert!(text.contains("version          2\n") && text.contains("metric           auc 0.7125"), "{text}");

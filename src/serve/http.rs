@@ -363,6 +363,7 @@ async fn model(State(shared): State<Arc<Shared>>) -> Response {
         "lineage": manifest.lineage,
         "schema_hash": manifest.model.schema_hash,
         "rows": model.rows(),
+        "deltas": manifest.delta.as_ref().map_or(0, |link| link.number),
         "bytes": model.bytes(),
         "published": manifest.created.to_string(),
         "age_seconds": seconds(now.0 - manifest.created.0),

@@ -1,5 +1,7 @@
 //! From row id to weight (or to where a row's vector lies), one cache line a look-up.
 
+use std::sync::Arc;
+
 /// Rows in a line.
 const LANES: usize = 5;
 
@@ -23,19 +25,33 @@ impl<V: Copy + Default> Index<V> {
     /// Takes ids, ascending and free of 0 (as [`Weights`](crate::snapshot::Weights) has checked), and a value for each.
     #[must_use]
     pub fn new(ids: &[u64], values: impl Iterator<Item = V>) -> Self {
-        let rows = ids.len();
-        let mut lines = vec![Line::default(); (rows * 10).div_ceil(LANES * 7).max(1)];
-        for (&id, value) in ids.iter().zip(values) {
-            let mut at = home(&lines, id);
-            loop {
-                if let Some(lane) = lines[at].ids.iter().position(|id| *id == 0) {
-                    (lines[at].ids[lane], lines[at].values[lane]) = (id, value);
-                    break;
-                }
-                at = after(&lines, at);
+        let mut index = Self::with_room(ids.len());
+        ids.iter().zip(values).for_each(|(&id, value)| index.insert(id, value));
+        index
+    }
+
+    /// Room for so many rows, with none in it.
+    fn with_room(rows: usize) -> Self {
+        Self { lines: vec![Line::default(); (rows * 10).div_ceil(LANES * 7).max(1)], rows: 0 }
+    }
+
+    /// Adds a row that is not there yet. There must be room.
+    fn insert(&mut self, id: u64, value: V) {
+        let mut at = home(&self.lines, id);
+        loop {
+            if let Some(lane) = self.lines[at].ids.iter().position(|id| *id == 0) {
+                (self.lines[at].ids[lane], self.lines[at].values[lane]) = (id, value);
+                self.rows += 1;
+                return;
             }
+            at = after(&self.lines, at);
         }
-        Self { lines, rows }
+    }
+
+    /// All rows, in no order.
+    fn iter(&self) -> impl Iterator<Item = (u64, V)> {
+        let lanes = self.lines.iter().flat_map(|line| line.ids.into_iter().zip(line.values));
+        lanes.filter(|(id, _)| *id != 0)
     }
 
     /// Value of a row, if it has one.
@@ -95,6 +111,109 @@ impl<V: Copy + Default> Index<V> {
     }
 }
 
+/// What stands for a row that a delta removed.
+pub trait Gone: Copy + Default {
+    const GONE: Self;
+    fn is_gone(self) -> bool;
+}
+
+impl Gone for f32 {
+    // Weights are finite.
+    const GONE: Self = Self::NAN;
+
+    #[inline(always)]
+    fn is_gone(self) -> bool {
+        self.is_nan()
+    }
+}
+
+impl Gone for u32 {
+    const GONE: Self = Self::MAX;
+
+    #[inline(always)]
+    fn is_gone(self) -> bool {
+        self == Self::GONE
+    }
+}
+
+/// The rows of a full, which versions share, under those that deltas changed since. So a delta costs what it changes, and no
+/// table is held twice.
+pub struct Layered<V> {
+    base: Arc<Index<V>>,
+    over: Index<V>,
+    rows: usize,
+}
+
+impl<V: Gone> Layered<V> {
+    /// See [`Index::new`].
+    #[must_use]
+    pub fn new(ids: &[u64], values: impl Iterator<Item = V>) -> Self {
+        let base = Index::new(ids, values);
+        Self { rows: base.len(), base: Arc::new(base), over: Index::with_room(0) }
+    }
+
+    /// These rows with some changed or added and others removed; the two lists share no id. None if a row is to be removed
+    /// that is not there.
+    #[must_use]
+    pub fn with(&self, changed: &[u64], values: impl Iterator<Item = V>, removed: &[u64]) -> Option<Self> {
+        let mut over = Index::with_room(self.over.len() + changed.len() + removed.len());
+        let mut rows = self.rows;
+        for (&id, value) in changed.iter().zip(values) {
+            rows += usize::from(self.get(id).is_none());
+            over.insert(id, value);
+        }
+        for &id in removed {
+            self.get(id)?;
+            rows -= 1;
+            over.insert(id, V::GONE);
+        }
+        for (id, value) in self.over.iter() {
+            if over.get(id).is_none() {
+                over.insert(id, value);
+            }
+        }
+        Some(Self { base: Arc::clone(&self.base), over, rows })
+    }
+
+    /// Value of a row, if it has one.
+    #[inline]
+    #[must_use]
+    pub fn get(&self, id: u64) -> Option<V> {
+        if !self.over.is_empty()
+            && let Some(value) = self.over.get(id)
+        {
+            return (!value.is_gone()).then_some(value);
+        }
+        self.base.get(id)
+    }
+
+    /// Asks the memory for the lines where the row of `id` most likely lies.
+    #[inline(always)]
+    pub fn prefetch(&self, id: u64) {
+        self.base.prefetch(id);
+        if !self.over.is_empty() {
+            self.over.prefetch(id);
+        }
+    }
+
+    /// Number of rows.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.rows
+    }
+
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.rows == 0
+    }
+
+    /// Memory held, in bytes; that of the base is shared with other versions.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.base.bytes() + self.over.bytes()
+    }
+}
+
 #[inline(always)]
 fn home<V>(lines: &[Line<V>], id: u64) -> usize {
     ((u128::from(id) * lines.len() as u128) >> 64) as usize
@@ -112,6 +231,36 @@ mod tests {
     use super::*;
 
     proptest! {
+        #[test]
+        fn layers_hold_what_the_changes_leave(
+            base in prop::collection::btree_map(1u64..60, -9f32..9.0, 0..40),
+            deltas in prop::collection::vec(prop::collection::btree_map(1u64..60, prop::option::of(-9f32..9.0), 0..20), 0..5),
+        ) {
+            let spread = |id: u64| id.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            let mut expected: std::collections::BTreeMap<u64, f32> = base.into_iter().map(|(id, v)| (spread(id), v)).collect();
+            let ids: Vec<u64> = expected.keys().copied().collect();
+            let mut layers = Layered::new(&ids, expected.values().copied());
+            for delta in deltas {
+                let (mut changed, mut values, mut removed) = (Vec::new(), Vec::new(), Vec::new());
+                for (id, value) in delta {
+                    match value {
+                        Some(value) => {
+                            changed.push(spread(id));
+                            values.push(value);
+                            expected.insert(spread(id), value);
+                        }
+                        None if expected.remove(&spread(id)).is_some() => removed.push(spread(id)),
+                        None => prop_assert!(layers.with(&[], [].into_iter(), &[spread(id)]).is_none()),
+                    }
+                }
+                layers = layers.with(&changed, values.into_iter(), &removed).unwrap();
+                prop_assert_eq!(layers.len(), expected.len());
+                for id in (0..60).map(spread) {
+                    prop_assert_eq!(layers.get(id), expected.get(&id).copied());
+                }
+            }
+        }
+
         #[test]
         fn it_finds_what_the_sorted_columns_hold(
             ids in prop::collection::btree_set(prop_oneof![1u64.., 1u64..200, (u64::MAX - 200)..], 0..300),

@@ -1,13 +1,18 @@
 //! One version, ready to score.
 
+use std::sync::Arc;
+
 use super::Error;
-use super::index::Index;
+use super::index::Layered;
 use super::towers::{self, Towers};
 use crate::clock;
 use crate::event::{Slot, Time};
 use crate::feature::Overlay;
 use crate::feature::Schema;
-use crate::snapshot::{Manifest, Snapshot, Version};
+use crate::model::tower::Pair;
+use crate::snapshot::codec::Digest;
+use crate::snapshot::load::{Sealed, prove};
+use crate::snapshot::{Delta, Manifest, Snapshot, Version};
 
 /// How many rows ahead of its use a line is asked for.
 const AHEAD: usize = 24;
@@ -15,8 +20,10 @@ const AHEAD: usize = 24;
 /// A version that passed every check. Immutable: a request that holds it scores with this version from start to end.
 pub struct Model {
     manifest: Manifest,
-    schema: Schema,
-    index: Index<f32>,
+    /// Of the manifest's bytes.
+    digest: Digest,
+    schema: Arc<Schema>,
+    rows: Layered<f32>,
     intercept: f32,
     /// Of each feature and cross: the weight of its default row.
     defaults: Vec<f32>,
@@ -28,7 +35,8 @@ impl Model {
     /// Makes a model of a snapshot that [`Store::load`](crate::snapshot::Store::load) checked. Refuses what this build
     /// cannot encode for, and weights with which this scorer does not reproduce the golden vectors.
     pub fn new(snapshot: Snapshot) -> Result<Self, Error> {
-        let Snapshot { manifest, weights } = &snapshot;
+        let digest = snapshot.digest();
+        let Snapshot { manifest, mut weights, .. } = snapshot;
         let refuse = |reason: String| Error::Unservable { version: manifest.version, reason };
         let schema = Schema::from_json(&manifest.model.schema.to_string())
             .map_err(|e| refuse(format!("its schema cannot be used: {e}")))?;
@@ -40,20 +48,71 @@ impl Model {
         if weights.default_rows() != defaults {
             return Err(refuse("its default rows are not those of its schema".to_owned()));
         }
-        let index = Index::new(weights.ids(), weights.weights().iter().copied());
-        let defaults = defaults.iter().map(|row| index.get(*row).unwrap_or(0.0)).collect();
-        let mut model = Self {
-            manifest: Manifest { golden: Vec::new(), ..manifest.clone() },
-            schema,
-            index,
-            intercept: weights.intercept(),
-            defaults,
-            towers: weights.towers().map(Towers::new),
-            loaded: clock::now(),
+        let towers = weights.take_towers().map(Towers::new);
+        let rows = Layered::new(weights.ids(), weights.weights().iter().copied());
+        Self::proved(manifest, digest, Arc::new(schema), rows, weights.intercept(), towers)
+    }
+
+    /// This model after the deltas of a later version, which share its tables. Refuses deltas that were not made for it.
+    pub fn with(&self, deltas: &[Delta], last: &Sealed) -> Result<Self, Error> {
+        let manifest = &last.manifest;
+        let refuse = |reason: String| Error::Unservable { version: manifest.version, reason };
+        if manifest.model.schema_hash != self.manifest.model.schema_hash {
+            return Err(refuse("it is a delta, but its schema is another one".to_owned()));
+        }
+        let mut next: Option<(Layered<f32>, Option<Towers>)> = None;
+        for delta in deltas {
+            let (rows, towers) = match &next {
+                None => (&self.rows, self.towers.as_ref()),
+                Some((rows, towers)) => (rows, towers.as_ref()),
+            };
+            let rows = rows.with(delta.ids(), delta.weights().iter().copied(), delta.removed());
+            let rows = rows.ok_or_else(|| refuse("a delta to it removes a row that is not there".to_owned()))?;
+            let towers = match (towers, delta.towers()) {
+                (None, None) => None,
+                (Some(towers), Some(delta)) => Some(towers.with(delta).map_err(refuse)?),
+                _ => return Err(refuse("a delta to it is of a model of another kind".to_owned())),
+            };
+            next = Some((rows, towers));
+        }
+        let (Some((rows, towers)), Some(delta)) = (next, deltas.last()) else {
+            return Err(refuse("there is no delta to it".to_owned()));
         };
-        snapshot.prove(|slots| model.logit(slots))?;
+        let schema = Arc::clone(&self.schema);
+        Self::proved(manifest.clone(), last.digest, schema, rows, delta.intercept(), towers)
+    }
+
+    fn proved(
+        manifest: Manifest,
+        digest: Digest,
+        schema: Arc<Schema>,
+        rows: Layered<f32>,
+        intercept: f32,
+        towers: Option<Towers>,
+    ) -> Result<Self, Error> {
+        let defaults = (0..schema.len()).map(|i| rows.get(schema.default_row(i)).unwrap_or(0.0)).collect();
+        let (golden, features) = (Manifest { golden: Vec::new(), ..manifest.clone() }, schema.len());
+        let mut model =
+            Self { manifest: golden, digest, schema, rows, intercept, defaults, towers, loaded: clock::now() };
+        if model.rows() as u64 != manifest.rows {
+            let reason = format!("its manifest says {} rows, there are {}", manifest.rows, model.rows());
+            return Err(Error::Unservable { version: manifest.version, reason });
+        }
+        prove(&manifest, features, |slots| model.logit(slots))?;
         model.loaded = clock::now();
         Ok(model)
+    }
+
+    /// What a delta must name to be one for this model.
+    #[must_use]
+    pub fn held(&self) -> (Version, Digest) {
+        (self.manifest.version, self.digest)
+    }
+
+    /// Layers of the towers, if there are any.
+    #[must_use]
+    pub fn layers(&self) -> Option<&Pair> {
+        self.towers.as_ref().map(Towers::pair)
     }
 
     #[must_use]
@@ -81,13 +140,13 @@ impl Model {
     /// Rows of all tables.
     #[must_use]
     pub fn rows(&self) -> usize {
-        self.index.len() + self.towers.as_ref().map_or(0, Towers::rows)
+        self.rows.len() + self.towers.as_ref().map_or(0, Towers::rows)
     }
 
     /// Memory of the weights, in bytes.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.index.bytes() + self.towers.as_ref().map_or(0, Towers::bytes)
+        self.rows.bytes() + self.towers.as_ref().map_or(0, Towers::bytes)
     }
 
     /// Logit of an encoded example, bit for bit that of [`Weights::logit`](crate::snapshot::Weights::logit).
@@ -104,7 +163,7 @@ impl Model {
         let first = out.len();
         let (ground, starts) = (overlay.ground(), overlay.starts());
         let changed = overlay.slots();
-        ground.iter().chain(changed.iter().take(AHEAD)).for_each(|slot| self.index.prefetch(slot.row));
+        ground.iter().chain(changed.iter().take(AHEAD)).for_each(|slot| self.rows.prefetch(slot.row));
         terms.clear();
         terms.extend(ground.iter().map(|slot| self.term(slot)));
         // The sum of all context slots in front of each feature.
@@ -127,7 +186,7 @@ impl Model {
                     next = feature + 1;
                 }
                 if let Some(slot) = ahead.next() {
-                    self.index.prefetch(slot.row);
+                    self.rows.prefetch(slot.row);
                 }
                 sum += self.term(slot);
             }
@@ -141,7 +200,7 @@ impl Model {
 
     #[inline(always)]
     fn term(&self, slot: &Slot) -> f32 {
-        let weight = match self.index.get(slot.row) {
+        let weight = match self.rows.get(slot.row) {
             Some(weight) => weight,
             None => self.defaults.get(usize::from(slot.feature)).copied().unwrap_or(0.0),
         };

@@ -14,6 +14,7 @@ use super::model::Model;
 use super::{Error, Settings};
 use crate::clock;
 use crate::event::Time;
+use crate::snapshot::load::Objects;
 use crate::snapshot::{self, Follower, Remedy, Store, Version};
 use crate::telemetry::{self, Stage};
 
@@ -123,6 +124,7 @@ impl Node {
             settings: settings.clone(),
             cache,
             follower: None,
+            keys: Vec::new(),
             wanted: None,
             retired: Vec::new(),
             random: std::hash::RandomState::new().build_hasher().finish(),
@@ -184,6 +186,8 @@ struct Worker {
     cache: Option<Store>,
     /// None until the store has been opened.
     follower: Option<(Store, Follower)>,
+    /// Keys of all objects that the version being served is made of.
+    keys: Vec<String>,
     /// Named by the channel, neither loaded nor refused yet.
     wanted: Option<Version>,
     /// Models that serve no longer. They are freed here once the last request has let go of them, for to free a large table
@@ -220,24 +224,30 @@ impl Worker {
         }
         let Some((store, _)) = &self.follower else { return Ok(()) };
         let began = Instant::now();
-        let loaded = match timeout(self.settings.load_timeout, store.load_raw(version)).await {
+        let held = self.shared.model.load_full();
+        let loaded = match timeout(self.settings.load_timeout, load(store, version, held.as_deref())).await {
             Err(_) => return Err(format!("version {version} did not come within {:?}", self.settings.load_timeout)),
             Ok(loaded) => loaded,
         };
-        let proved = match loaded {
+        // Before the old model is retired, or this handle would keep it.
+        drop(held);
+        let loaded = match loaded {
             // A copy of a store may get its objects after the entry that names them.
-            Err(error @ snapshot::Error::Missing { .. }) => return Err(chain(&error)),
-            Err(error) if error.remedy() == Remedy::Retry => return Err(chain(&error)),
-            Err(error) => Err(chain(&error)),
-            Ok((snapshot, raw)) => Model::new(snapshot).map(|model| (model, raw)).map_err(|error| chain(&error)),
+            Err(Error::Snapshot(error @ snapshot::Error::Missing { .. })) => return Err(chain(&error)),
+            Err(Error::Snapshot(error)) if error.remedy() == Remedy::Retry => return Err(chain(&error)),
+            loaded => loaded.map_err(|error| chain(&error)),
         };
         self.wanted = None;
-        match proved {
+        match loaded {
             Err(reason) => self.refuse(version, reason),
-            Ok((model, raw)) => {
+            Ok(Loaded { model, objects, on_held }) => {
+                if !on_held {
+                    self.keys.clear();
+                }
+                self.keys.extend(objects.iter().map(|(key, _)| key.clone()));
                 self.swap(model, false, began);
                 if let Some(cache) = &self.cache
-                    && let Err(error) = cache.keep_only(&raw).await
+                    && let Err(error) = cache.keep_only(&objects, &self.keys).await
                 {
                     tracing::warn!(error = %chain(&error), "the version could not be copied to the cache; it is served all the same");
                 }
@@ -310,9 +320,11 @@ impl Worker {
         let mut versions: Vec<_> = versions.into_iter().map(|(version, written)| (written, version)).collect();
         versions.sort_unstable();
         for (_, version) in versions.into_iter().rev() {
-            let model = cache.load(version).await.map_err(Error::from).and_then(Model::new);
-            match model {
-                Ok(model) => return self.swap(model, true, began),
+            match load(cache, version, None).await {
+                Ok(Loaded { model, objects, .. }) => {
+                    self.keys = objects.into_iter().map(|(key, _)| key).collect();
+                    return self.swap(model, true, began);
+                }
                 Err(error) => {
                     tracing::warn!(version = version.0, error = %chain(&error), "what is in the cache cannot be served");
                 }
@@ -374,6 +386,33 @@ impl Worker {
         self.random = hasher.finish();
         pause.mul_f64(0.75 + (self.random >> 11) as f64 / (1_u64 << 54) as f64)
     }
+}
+
+/// A version that was proved.
+struct Loaded {
+    model: Model,
+    /// What was read for it.
+    objects: Objects,
+    /// It shares the tables of the one that was held, so its objects come after those of that one.
+    on_held: bool,
+}
+
+/// Loads a version: by its deltas if they lead on from the model that is held, else from its full on.
+async fn load(store: &Store, version: Version, held: Option<&Model>) -> Result<Loaded, Error> {
+    if let Some(held) = held {
+        let chain = store.chain(version, Some(held.held())).await?;
+        if chain.from_held {
+            let (deltas, objects) = store.deltas(&chain, held.layers()).await?;
+            match held.with(&deltas, chain.last()) {
+                Ok(model) => return Ok(Loaded { model, objects, on_held: true }),
+                Err(error) => {
+                    tracing::warn!(error = %self::chain(&error), "its deltas do not fit what serves; loading all of it");
+                }
+            }
+        }
+    }
+    let (snapshot, objects) = store.load_raw(version).await?;
+    Ok(Loaded { model: Model::new(snapshot)?, objects, on_held: false })
 }
 
 /// An error and its causes on one line.

@@ -1,11 +1,14 @@
 //! The towers of a version, laid out for scoring: no graph, no allocation for a candidate once the scratch has grown.
 
-use super::index::Index;
+use std::sync::Arc;
+
+use super::index::Layered;
 use crate::event::Slot;
 use crate::feature::Overlay;
 use crate::model::tower::{Pair, Work};
 use crate::model::two_tower::Plan;
-use crate::snapshot;
+use crate::snapshot::delta::TowersDelta;
+use crate::snapshot::{self, Vectors};
 
 /// Candidates that run through a tower together.
 const BLOCK: usize = 32;
@@ -15,11 +18,15 @@ pub struct Towers {
     plan: Plan,
     pair: Pair,
     dim: usize,
-    index: Index<u32>,
-    /// `[rows, dim]`
-    rows: Vec<f32>,
+    /// Where a row's vector lies: in `base`, or past its end in `over`.
+    index: Layered<u32>,
+    base: Arc<Vectors>,
+    /// Those that deltas changed since, also ones that were changed again.
+    over: Vectors,
     params: Vec<f32>,
-    /// Of each feature: where its default row lies.
+    /// Of each feature that a tower sees: its default row.
+    default_rows: Vec<Option<u64>>,
+    /// Where it lies.
     defaults: Vec<u32>,
 }
 
@@ -37,17 +44,46 @@ pub struct Scratch {
 
 impl Towers {
     #[must_use]
-    pub fn new(towers: &snapshot::Towers) -> Self {
+    pub fn new(towers: snapshot::Towers) -> Self {
         let layout = towers.layout();
-        Self {
-            plan: layout.plan(),
-            pair: layout.pair(),
-            dim: layout.dim,
-            index: Index::new(towers.ids(), 0..),
-            rows: towers.rows().to_vec(),
-            params: towers.params().to_vec(),
-            defaults: towers.defaults().iter().map(|at| at.unwrap_or(0) as u32).collect(),
+        let index = Layered::new(towers.ids(), 0..);
+        let default_rows: Vec<_> = towers.defaults().iter().map(|at| at.map(|at| towers.ids()[at])).collect();
+        let defaults = towers.defaults().iter().map(|at| at.unwrap_or(0) as u32).collect();
+        let (plan, pair, dim) = (layout.plan(), layout.pair(), layout.dim);
+        let over = Vectors::new(dim, towers.rows().precision());
+        let (rows, params) = towers.into_rows();
+        Self { plan, pair, dim, index, base: Arc::new(rows), over, params, default_rows, defaults }
+    }
+
+    /// These towers after a delta. What is wrong, where it was not made for them.
+    pub fn with(&self, delta: &TowersDelta) -> Result<Self, String> {
+        let mut over = self.over.clone();
+        if delta.rows().precision() != over.precision() || delta.rows().dim() != self.dim {
+            return Err("it has vectors of another kind".to_owned());
         }
+        let first = self.base.len() + over.len();
+        over.extend(delta.rows(), 0..delta.rows().len());
+        let index = self.index.with(delta.ids(), (first..).map(|at| at as u32), delta.removed());
+        let index = index.ok_or_else(|| "it removes a vector that is not there".to_owned())?;
+        let place = |row: &Option<u64>| row.map_or(Some(0), |row| index.get(row));
+        let defaults = self.default_rows.iter().map(place).collect::<Option<Vec<u32>>>();
+        let defaults = defaults.ok_or_else(|| "it removes a default row".to_owned())?;
+        Ok(Self {
+            plan: self.plan.clone(),
+            pair: self.pair.clone(),
+            dim: self.dim,
+            index,
+            base: Arc::clone(&self.base),
+            over,
+            params: delta.params().to_vec(),
+            default_rows: self.default_rows.clone(),
+            defaults,
+        })
+    }
+
+    #[must_use]
+    pub fn pair(&self) -> &Pair {
+        &self.pair
     }
 
     /// Number of rows.
@@ -59,7 +95,7 @@ impl Towers {
     /// Memory held, in bytes.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.index.bytes() + size_of_val(self.rows.as_slice()) + size_of_val(self.params.as_slice())
+        self.index.bytes() + self.base.bytes() + self.over.bytes() + size_of_val(self.params.as_slice())
     }
 
     /// What the towers add to the logit of an encoded example, bit for bit that of
@@ -135,8 +171,10 @@ impl Towers {
     fn pool(&self, slot: &Slot, inputs: &mut [Vec<f32>; 2], row: usize) {
         let Some((tower, column)) = self.plan.of(slot.feature) else { return };
         let at = self.index.get(slot.row).unwrap_or_else(|| self.defaults[usize::from(slot.feature)]);
-        let from = &self.rows[at as usize * self.dim..][..self.dim];
         let to = &mut inputs[tower][row * self.plan.widths()[tower] + column..][..self.dim];
-        to.iter_mut().zip(from).for_each(|(sum, &w)| *sum += slot.value * w);
+        match (at as usize).checked_sub(self.base.len()) {
+            None => self.base.add(at as usize, slot.value, to),
+            Some(at) => self.over.add(at, slot.value, to),
+        }
     }
 }

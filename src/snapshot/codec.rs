@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::fmt;
 
 use bytes::Bytes;
+use half::f16;
 use safetensors::tensor::{Metadata, SafeTensors, TensorInfo};
 use xxhash_rust::xxh3::Xxh3;
 
@@ -143,7 +144,9 @@ pub enum Dtype {
     F32,
     U32,
     I32,
+    F16,
     U8,
+    I8,
 }
 
 impl Dtype {
@@ -153,7 +156,8 @@ impl Dtype {
         match self {
             Self::U64 | Self::I64 | Self::F64 => 8,
             Self::F32 | Self::U32 | Self::I32 => 4,
-            Self::U8 => 1,
+            Self::F16 => 2,
+            Self::U8 | Self::I8 => 1,
         }
     }
 
@@ -165,14 +169,15 @@ impl Dtype {
             Self::F32 => safetensors::Dtype::F32,
             Self::U32 => safetensors::Dtype::U32,
             Self::I32 => safetensors::Dtype::I32,
+            Self::F16 => safetensors::Dtype::F16,
             Self::U8 => safetensors::Dtype::U8,
+            Self::I8 => safetensors::Dtype::I8,
         }
     }
 
     fn from_safetensors(dtype: safetensors::Dtype) -> Option<Self> {
-        [Self::U64, Self::I64, Self::F64, Self::F32, Self::U32, Self::I32, Self::U8]
-            .into_iter()
-            .find(|ours| ours.to_safetensors() == dtype)
+        use Dtype::{F16, F32, F64, I8, I32, I64, U8, U32, U64};
+        [U64, I64, F64, F32, U32, I32, F16, U8, I8].into_iter().find(|ours| ours.to_safetensors() == dtype)
     }
 }
 
@@ -229,7 +234,9 @@ impl Arrays {
     typed!(push_f32, f32s, f32, F32);
     typed!(push_u32, u32s, u32, U32);
     typed!(push_i32, i32s, i32, I32);
+    typed!(push_f16, f16s, f16, F16);
     typed!(push_u8, u8s, u8, U8);
+    typed!(push_i8, i8s, i8, I8);
 
     /// Adds an array; panics when `shape` and `data` do not fit each other or the name is taken.
     pub fn push(&mut self, array: Array) {

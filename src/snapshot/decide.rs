@@ -80,6 +80,26 @@ pub fn goes_forward(batch: u64, newest: Option<u64>, live: Option<u64>) -> bool 
     newest.is_none_or(|newest| batch >= newest) && live.is_none_or(|live| batch > live)
 }
 
+/// Whether a chain of deltas of so many bytes is worth more than a full: who starts reads the full and the chain, so the
+/// chain may not be larger.
+#[must_use]
+pub fn is_worth(chain: u64, full: u64) -> bool {
+    chain <= full
+}
+
+/// Adds to `kept` every version that a chain of deltas to one of them needs. `after` says what each delta changes.
+#[must_use]
+pub fn with_chains(kept: impl IntoIterator<Item = Version>, after: &BTreeMap<Version, Version>) -> BTreeSet<Version> {
+    let mut all = BTreeSet::new();
+    for version in kept {
+        let mut next = Some(version);
+        while let Some(version) = next.filter(|version| all.insert(*version)) {
+            next = after.get(&version).copied();
+        }
+    }
+    all
+}
+
 /// What retention sees.
 #[derive(Clone, Debug, Default)]
 pub struct Inventory {
@@ -87,19 +107,20 @@ pub struct Inventory {
     pub versions: BTreeMap<Version, Time>,
     /// Versions that the current entry of some channel names.
     pub named: BTreeSet<Version>,
+    /// Of each delta, the version that it changes.
+    pub after: BTreeMap<Version, Version>,
 }
 
-/// Versions that retention deletes: all but the newest `keep`, those a channel names, and those younger than `grace`
-/// milliseconds. Channel entries are never deleted: the whole history is what fences a writer that slept.
+/// Versions that retention deletes: all but the newest `keep`, those a channel names, those younger than `grace`
+/// milliseconds, and what a chain to one of these needs. Channel entries are never deleted: the whole history is what fences a writer that slept.
 #[must_use]
 pub fn outdated(seen: &Inventory, keep: usize, grace_ms: i64, now: Time) -> Vec<Version> {
-    let old = seen.versions.iter().rev().skip(keep);
-    let mut list: Vec<_> = old
-        .filter(|(version, written)| !seen.named.contains(version) && **written < now.minus(grace_ms))
-        .map(|(version, _)| *version)
-        .collect();
-    list.reverse();
-    list
+    let old: BTreeSet<Version> = seen.versions.keys().rev().skip(keep).copied().collect();
+    let stays = |(version, written): &(&Version, &Time)| {
+        !old.contains(version) || seen.named.contains(version) || **written >= now.minus(grace_ms)
+    };
+    let kept = with_chains(seen.versions.iter().filter(stays).map(|(version, _)| *version), &seen.after);
+    old.into_iter().filter(|version| !kept.contains(version)).collect()
 }
 
 /// Payload objects that retention deletes: needed by no manifest that stays, and older than `grace`, so that no publish
@@ -149,11 +170,24 @@ mod tests {
     #[test]
     fn retention_keeps_the_newest_the_named_and_the_young() {
         let versions = (1..=8).map(|v| (Version(v), Time(v as i64 * 100))).collect();
-        let seen = Inventory { versions, named: BTreeSet::from([Version(2)]) };
+        let seen = Inventory { versions, named: BTreeSet::from([Version(2)]), after: BTreeMap::new() };
         let gone = |keep, grace, now| outdated(&seen, keep, grace, Time(now)).iter().map(|v| v.0).collect::<Vec<_>>();
         assert_eq!(gone(3, 0, 10_000), [1, 3, 4, 5]);
         assert_eq!(gone(3, 600, 1_000), [1, 3], "5 and 4 are not older than the grace time");
         assert_eq!(gone(8, 0, 10_000), [0u64; 0]);
+    }
+
+    #[test]
+    fn retention_keeps_what_a_chain_needs() {
+        let versions = (1..=8).map(|v| (Version(v), Time(0))).collect();
+        // 1 and 5 are fulls; 4 is a branch off 2.
+        let after = [(2, 1), (3, 2), (4, 2), (6, 5), (7, 6), (8, 7)];
+        let after = after.map(|(delta, of)| (Version(delta), Version(of))).into();
+        let mut seen = Inventory { versions, named: BTreeSet::new(), after };
+        let gone = |seen: &Inventory| outdated(seen, 1, 0, Time(9)).iter().map(|v| v.0).collect::<Vec<_>>();
+        assert_eq!(gone(&seen), [1, 2, 3, 4]);
+        seen.named = BTreeSet::from([Version(4)]);
+        assert_eq!(gone(&seen), [3]);
     }
 
     #[test]

@@ -6,14 +6,17 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::codec::{self, Digest};
+use super::vectors::Precision;
 use crate::event::{Slot, Stream, Time};
 
 /// Format name in every manifest. A reader refuses another one.
-pub const MANIFEST_FORMAT: &str = "tidemill-manifest/1";
+pub const MANIFEST_FORMAT: &str = "tidemill-manifest/2";
 /// Format name in every channel entry.
 pub const ENTRY_FORMAT: &str = "tidemill-channel/1";
 /// Format name in the metadata of every payload.
 pub const PAYLOAD_FORMAT: &str = "snapshot/1";
+/// Format name in the metadata of the payload of a delta.
+pub const DELTA_FORMAT: &str = "delta/1";
 
 /// Number of a snapshot in a store, from 1. Strictly increasing, across restarts too; never used twice.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
@@ -56,9 +59,15 @@ pub struct Manifest {
     /// When it was written, by the writer's clock. For people; nothing depends on it.
     pub created: Time,
     pub kind: Kind,
+    /// What a delta changes; none in a full.
+    pub delta: Option<Link>,
     pub objects: Vec<ObjectRef>,
     /// Rows of all sparse tables.
     pub rows: u64,
+    /// How exactly rows are published.
+    pub precision: Precision,
+    /// Largest distance that rounding put between a golden logit and that of the f32 rows. 0 with f32.
+    pub rounding: f32,
     pub facts: Facts,
     pub model: ModelInfo,
     pub build: Build,
@@ -72,6 +81,28 @@ pub struct Manifest {
 pub enum Kind {
     /// All weights.
     Full,
+    /// What changed since another version.
+    Delta,
+}
+
+/// What a delta stands on. The hash chains versions: a reader that holds another version, or one of the same number out of
+/// another store, finds out.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Link {
+    /// The version that it changes, a full or a delta.
+    pub after: Version,
+    /// Of the bytes of that version's manifest.
+    pub after_digest: Digest,
+    /// The full at the start of the chain.
+    pub full: Version,
+    /// Deltas from there to here, this one included.
+    pub number: u32,
+    /// Rows that are new or other, and rows that are gone, in all tables.
+    pub changed: u64,
+    pub removed: u64,
+    /// The payload that a full in its place has, byte for byte; whether the store holds it too does not matter.
+    pub result: ObjectRef,
 }
 
 /// A payload object that a version needs.
@@ -265,8 +296,11 @@ pub(super) mod tests {
             lineage: "main".to_owned(),
             created: Time(0),
             kind: Kind::Full,
+            delta: None,
             objects: Vec::new(),
             rows: 0,
+            precision: Precision::F32,
+            rounding: 0.0,
             facts: Facts::default(),
             model: ModelInfo::default(),
             build: Build::this(),
@@ -280,9 +314,9 @@ pub(super) mod tests {
         value["surprise"] = 1.into();
         let error = Manifest::from_bytes(&codec::seal(&value).unwrap()).unwrap_err();
         assert!(format!("{error:?}").contains("surprise"), "{error:?}");
-        value["format"] = "tidemill-manifest/2".into();
+        value["format"] = "tidemill-manifest/3".into();
         let error = Manifest::from_bytes(&codec::seal(&value).unwrap()).unwrap_err();
-        assert!(error.to_string().contains("tidemill-manifest/2"), "{error}");
+        assert!(error.to_string().contains("tidemill-manifest/3"), "{error}");
     }
 
     proptest! {

@@ -1,10 +1,13 @@
 //! Versioned weights in a store: published so that readers see all of a version or none of it.
 //!
 //! [`codec`] turns arrays into canonical bytes, [`manifest`] says what a version holds, [`weights`] and [`towers`] are the model as it
-//! travels, [`decide`] holds the rules (pure), [`store`] talks to the store, [`publish`] and [`retain`] use it. The
+//! travels, [`delta`] is what one version changes in another, [`decide`] holds the rules (pure), [`store`] talks to the store, [`publish`],
+//! [`load`] and [`retain`] use it. The
 //! format and the protocol are written down in `docs/snapshot-format.md`.
 pub mod codec;
 pub mod decide;
+pub mod delta;
+pub mod load;
 pub mod manifest;
 pub mod publish;
 pub mod retain;
@@ -12,12 +15,16 @@ pub mod store;
 #[cfg(test)]
 mod tests;
 pub mod towers;
+pub mod vectors;
 pub mod weights;
 
+pub use delta::Delta;
+pub use load::Snapshot;
 pub use manifest::{Epoch, Facts, Golden, Manifest, ModelInfo, Version};
 pub use publish::{Outcome, Publisher, Settings};
-pub use store::{Follower, Snapshot, Store};
+pub use store::{Follower, Store};
 pub use towers::Towers;
+pub use vectors::{Precision, Vectors};
 pub use weights::Weights;
 
 /// What went wrong with a snapshot. Each message names the key in the store and what to do.

@@ -1,16 +1,20 @@
 //! The writer of a channel: takes an epoch, then publishes payload, manifest and channel entry, in this order.
 
 use std::hash::{BuildHasher, Hasher};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::codec::{self, Digest, Encoded};
 use super::decide::{self, Standing, Writer};
+use super::delta::Delta;
 use super::manifest::{
-    Build, Document, Entry, Epoch, Facts, Golden, Kind, MANIFEST_FORMAT, Manifest, ModelInfo, ObjectRef,
+    Build, DELTA_FORMAT, Document, Entry, Epoch, Facts, Golden, Kind, Link, MANIFEST_FORMAT, Manifest, ModelInfo,
+    ObjectRef, PAYLOAD_FORMAT, Version,
 };
-use super::manifest::{PAYLOAD_FORMAT, Version};
 use super::store::{Created, Store, document, entry_key, manifest_key, object_key};
+use super::vectors::Precision;
 use super::weights::{self, Weights};
 use super::{Error, Result};
 use crate::clock;
@@ -23,6 +27,10 @@ pub struct Settings {
     pub store: String,
     /// Channel that names the version to serve: letters, digits, `-` and `_`. Default `live`.
     pub channel: String,
+    /// How exactly rows are published: `f32`, `f16` or `int8` ([`Precision`]). Training is always f32. Default `f32`.
+    pub precision: Precision,
+    /// A full comes after so many deltas at the latest, or when they are together as large as it. 0: fulls only. Default 20.
+    pub deltas: u32,
     /// How many of the newest versions stay. At least 1. Default 10.
     pub keep: usize,
     /// Nothing younger is ever deleted; longer than a publish or a load can take. Default `15m`.
@@ -35,6 +43,8 @@ impl Default for Settings {
         Self {
             store: "snapshots".to_owned(),
             channel: "live".to_owned(),
+            precision: Precision::F32,
+            deltas: 20,
             keep: 10,
             grace: Duration::from_secs(15 * 60),
         }
@@ -46,6 +56,8 @@ impl Default for Settings {
 pub struct Plan {
     pub(super) store: String,
     pub(super) channel: String,
+    pub(super) precision: Precision,
+    pub(super) deltas: u32,
     pub(super) keep: usize,
     pub(super) grace_ms: i64,
 }
@@ -59,7 +71,14 @@ impl Settings {
         let Ok(grace_ms) = i64::try_from(self.grace.as_millis()) else {
             return Err(Error::Setting { key: "grace", value: format!("{:?}", self.grace), expected: "less" });
         };
-        Ok(Plan { store: self.store.clone(), channel: self.channel.clone(), keep: self.keep, grace_ms })
+        Ok(Plan {
+            store: self.store.clone(),
+            channel: self.channel.clone(),
+            precision: self.precision,
+            deltas: self.deltas,
+            keep: self.keep,
+            grace_ms,
+        })
     }
 }
 
@@ -109,6 +128,25 @@ pub struct Publisher {
     newest: Option<(Version, u64)>,
     /// The version to try next.
     next: Version,
+    precision: Precision,
+    /// Most deltas after a full.
+    deltas: u32,
+    /// What was published last, by this process: the next delta changes it.
+    base: Option<Base>,
+}
+
+/// A version that this process published.
+#[derive(Debug)]
+struct Base {
+    version: Version,
+    /// Of its manifest's bytes.
+    digest: Digest,
+    /// As they were published.
+    weights: Arc<Weights>,
+    /// The full at the start of its chain, the deltas since, and their bytes.
+    full: Version,
+    number: u32,
+    bytes: u64,
 }
 
 impl Publisher {
@@ -125,8 +163,19 @@ impl Publisher {
             }
         };
         let writer = Writer { channel: plan.channel.clone(), epoch: entry.epoch, name };
-        let mut publisher =
-            Self { store, writer, lineage, model, last: entry.number, live: None, newest: None, next: Version(1) };
+        let mut publisher = Self {
+            store,
+            writer,
+            lineage,
+            model,
+            last: entry.number,
+            live: None,
+            newest: None,
+            next: Version(1),
+            precision: plan.precision,
+            deltas: plan.deltas,
+            base: None,
+        };
         publisher.see(&entry).await?;
         publisher.survey().await?;
         tracing::info!(channel = plan.channel, epoch = entry.epoch.0, next = publisher.next.0, "took the channel");
@@ -145,12 +194,12 @@ impl Publisher {
     }
 
     /// Publishes a version. Payload first, then the manifest, which is the commit point, then the channel's entry; each is
-    /// created only if absent. `golden` are fresh examples with the logits of the live model; what is written are the
-    /// logits of `weights`, and it is an error if the two differ.
+    /// created only if absent. `golden` are fresh examples with the logits of the live model. What is written are the
+    /// logits of the rounded weights, and how far the two lie apart; it is an error if they do where nothing was rounded.
     ///
     /// After an error the store is as before or holds objects that nothing names; the call may be repeated, with these or
     /// newer weights. A version whose manifest was written and whose entry was not is not used again.
-    pub async fn publish(&mut self, weights: &Weights, facts: Facts, golden: &[Golden]) -> Result<Outcome> {
+    pub async fn publish(&mut self, exact: Arc<Weights>, facts: Facts, golden: &[Golden]) -> Result<Outcome> {
         if let Some(by) = self.catch_up().await? {
             return Ok(Outcome::Fenced { by });
         }
@@ -159,11 +208,21 @@ impl Publisher {
             let newest = self.newest.or(self.live.map(|(version, _)| (version, 0))).expect("something is ahead").0;
             return Ok(Outcome::Behind { newest });
         }
-        weights::prove(golden, weights.default_rows().len(), |slots| weights.logit(slots))
-            .map_err(|reason| Error::Unfit(format!("the model and what was exported from it differ: {reason}")))?;
+        let unfit = |e: codec::Error| Error::Unfit(e.to_string());
+        let weights = match self.precision {
+            Precision::F32 => exact,
+            rounded => Arc::new(exact.rounded(rounded).map_err(unfit)?),
+        };
+        let rounding = self.rounding(&weights, golden)?;
         let golden = golden.iter().map(|g| Golden::new(&g.slots(), weights.logit(&g.slots()))).collect();
 
-        let (object, reused) = self.put_payload(weights).await?;
+        let full = weights.to_arrays().encode(PAYLOAD_FORMAT).map_err(unfit)?;
+        let delta = self.delta(&weights, &full).await?;
+        let (encoded, link) = match delta {
+            Some((encoded, link)) => (encoded, Some(link)),
+            None => (full, None),
+        };
+        let (object, reused) = self.put_payload(&encoded).await?;
         let manifest = Manifest {
             format: MANIFEST_FORMAT.to_owned(),
             version: self.next,
@@ -172,24 +231,77 @@ impl Publisher {
             writer: self.writer.name.clone(),
             lineage: self.lineage.clone(),
             created: clock::now(),
-            kind: Kind::Full,
+            kind: if link.is_some() { Kind::Delta } else { Kind::Full },
+            delta: link.clone(),
             objects: vec![object.clone()],
             rows: weights.rows() as u64,
+            precision: self.precision,
+            rounding,
             facts,
             model: self.model.clone(),
             build: Build::this(),
             golden,
         };
-        let (version, batch) = self.put_manifest(manifest).await?;
+        let (version, digest, batch) = self.put_manifest(manifest).await?;
         // Retention of another writer may have found a payload of an old version unneeded just before we named it.
         if reused && !self.store.exists(&object.name).await? {
-            self.put_payload(weights).await?;
+            self.put_payload(&encoded).await?;
         }
-        self.put_entry(version, batch).await
+        let outcome = self.put_entry(version, batch).await?;
+        if outcome == Outcome::Published(version) {
+            self.base = Some(match (link, self.base.take()) {
+                (Some(link), Some(base)) => {
+                    let bytes = base.bytes + object.length;
+                    Base { version, digest, weights, full: link.full, number: link.number, bytes }
+                }
+                _ => Base { version, digest, weights, full: version, number: 0, bytes: 0 },
+            });
+        }
+        Ok(outcome)
     }
 
-    async fn put_payload(&self, weights: &Weights) -> Result<(ObjectRef, bool)> {
-        let encoded = weights.to_arrays().encode(PAYLOAD_FORMAT).map_err(|e| Error::Unfit(e.to_string()))?;
+    /// The batch of the last version that this process published.
+    #[must_use]
+    pub fn published_batch(&self) -> Option<u64> {
+        self.base.as_ref().and(self.newest).map(|(_, batch)| batch)
+    }
+
+    /// The largest distance between the logits of what is published and those of the live model.
+    fn rounding(&self, weights: &Weights, golden: &[Golden]) -> Result<f32> {
+        let features = weights.default_rows().len();
+        if self.precision == Precision::F32 {
+            let differ = |reason| Error::Unfit(format!("the model and what was exported from it differ: {reason}"));
+            weights::prove(golden, features, |slots| weights.logit(slots)).map_err(differ)?;
+            return Ok(0.0);
+        }
+        let distance = |g: &Golden| (weights.logit(&g.slots()) - g.logit).abs();
+        Ok(golden.iter().map(distance).fold(0.0, f32::max))
+    }
+
+    /// The delta from the last version that this process published, if one is to be published instead of `full`.
+    async fn delta(&self, weights: &Weights, full: &Encoded) -> Result<Option<(Encoded, Link)>> {
+        let Some(base) = self.base.as_ref().filter(|base| base.number < self.deltas) else { return Ok(None) };
+        let Some(delta) = Delta::between(&base.weights, weights) else { return Ok(None) };
+        let encoded = delta.to_arrays().encode(DELTA_FORMAT).map_err(|e| Error::Unfit(e.to_string()))?;
+        // Other writers' versions may have pushed ours out of what retention keeps.
+        if !decide::is_worth(base.bytes + encoded.length, full.length)
+            || !self.store.exists(&manifest_key(base.version)).await?
+        {
+            return Ok(None);
+        }
+        let link = Link {
+            after: base.version,
+            after_digest: base.digest,
+            full: base.full,
+            number: base.number + 1,
+            changed: delta.changed_rows() as u64,
+            removed: delta.removed_rows() as u64,
+            result: ObjectRef { name: object_key(full.digest), length: full.length, digest: full.digest },
+        };
+        Ok(Some((encoded, link)))
+    }
+
+    async fn put_payload(&self, encoded: &Encoded) -> Result<(ObjectRef, bool)> {
         let key = object_key(encoded.digest);
         let reused = self.store.exists(&key).await?;
         match self.store.create_only(&key, &encoded.pieces).await? {
@@ -198,16 +310,19 @@ impl Publisher {
         }
     }
 
-    async fn put_manifest(&mut self, mut manifest: Manifest) -> Result<(Version, u64)> {
+    /// Writes the manifest under the next version that is free. Returns the version, the digest of the bytes, and the batch.
+    async fn put_manifest(&mut self, mut manifest: Manifest) -> Result<(Version, Digest, u64)> {
         loop {
             manifest.version = self.next;
             let key = manifest_key(self.next);
-            let created = self.store.create_only(&key, &[sealed(&key, &manifest)?]).await?;
+            let bytes = sealed(&key, &manifest)?;
+            let digest = Digest::of(&bytes);
+            let created = self.store.create_only(&key, &[bytes]).await?;
             // Taken by an earlier attempt of ours, or by the writer of another channel.
             self.next = Version(self.next.0 + 1);
             if created == Created::Ours {
                 self.newest = Some((manifest.version, manifest.facts.batch));
-                return Ok((manifest.version, manifest.facts.batch));
+                return Ok((manifest.version, digest, manifest.facts.batch));
             }
         }
     }

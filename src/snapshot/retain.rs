@@ -1,11 +1,11 @@
 //! Deletes what is no longer needed: old versions, their payloads, and the debris of crashes.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::decide::{self, Inventory};
 use super::publish::Plan;
 use super::store::{Store, manifest_key};
-use super::{Error, Result, Version};
+use super::{Error, Manifest, Result, Version};
 use crate::event::Time;
 
 /// What a pass of [`retain`] deleted.
@@ -17,22 +17,31 @@ pub struct Removed {
     pub debris: usize,
 }
 
-/// Deletes all versions but the newest `keep`, those that a channel names and those younger than the grace time; then the
-/// objects that no remaining manifest names. Never deletes a channel entry, never what a kept manifest needs: if one
+/// Deletes all versions but the newest `keep`, those that a channel names, those younger than the grace time, and what the
+/// chains of these need; then the objects that no remaining manifest names. Never deletes a channel entry, never what a kept manifest needs: if one
 /// cannot be read, nothing is deleted and the error names it.
 pub async fn retain(store: &Store, plan: &Plan, now: Time) -> Result<Removed> {
     // Objects before manifests: what is named by a manifest written in between is then seen as needed.
     let objects = store.list("objects").await?;
-    let mut seen = Inventory { versions: store.versions().await?, named: BTreeSet::new() };
+    let mut seen = Inventory { versions: store.versions().await?, ..Inventory::default() };
     for channel in store.channels().await? {
         seen.named.extend(store.latest(&channel).await?.and_then(|entry| entry.version));
     }
+    let mut manifests = BTreeMap::new();
+    for version in seen.versions.keys() {
+        let manifest = store.manifest(*version, "retention").await;
+        if let Err(error @ Error::Unavailable { .. }) = manifest {
+            return Err(error);
+        }
+        manifests.insert(*version, manifest);
+    }
+    let link = |manifest: &Manifest| Some((manifest.version, manifest.delta.as_ref()?.after));
+    seen.after = manifests.values().flatten().filter_map(link).collect();
     let outdated = decide::outdated(&seen, plan.keep, plan.grace_ms, now);
     let gone: BTreeSet<Version> = outdated.iter().copied().collect();
     let mut needed = BTreeSet::new();
-    for version in seen.versions.keys().filter(|version| !gone.contains(version)) {
-        let manifest = store.manifest(*version, "retention").await?;
-        needed.extend(manifest.objects.into_iter().map(|object| object.name));
+    for (_, manifest) in manifests.into_iter().filter(|(version, _)| !gone.contains(version)) {
+        needed.extend(manifest?.objects.into_iter().map(|object| object.name));
     }
     let unneeded = decide::unneeded(&objects, &needed, plan.grace_ms, now);
     // Manifests before objects: a reader never meets a manifest whose payload is gone.

@@ -16,11 +16,10 @@ use futures::TryStreamExt;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
 
-use super::codec::{Arrays, Digest};
-use super::manifest::{Document, Entry, Manifest, PAYLOAD_FORMAT, Version};
-use super::weights::{self, Weights};
+use super::codec::Digest;
+use super::manifest::{Document, Entry, Version};
 use super::{Error, Result};
-use crate::event::{Slot, Time};
+use crate::event::Time;
 
 /// How often a request without an answer is made again, and the first pause, which grows fourfold.
 const ATTEMPTS: u32 = 3;
@@ -118,93 +117,6 @@ impl Store {
         } else {
             let reason = format!("is entry {} of channel `{}`, which is not its place", entry.number, entry.channel);
             Err(Error::Content { key, reason })
-        }
-    }
-
-    /// The manifest of a version, verified. `named_by` says who needs it, for the message when it is not there.
-    pub async fn manifest(&self, version: Version, named_by: &str) -> Result<Manifest> {
-        let key = manifest_key(version);
-        let Some(bytes) = self.read(&key).await? else {
-            return Err(Error::Missing { key, named_by: named_by.to_owned() });
-        };
-        placed(version, &key, &bytes)
-    }
-
-    /// Loads a version and checks all of it: digests, lengths, names, types, shapes, the order of ids, that all weights are
-    /// finite, and the golden vectors.
-    pub async fn load(&self, version: Version) -> Result<Snapshot> {
-        Ok(self.load_raw(version).await?.0)
-    }
-
-    /// As [`Store::load`], with the bytes that were read, for [`Store::keep_only`].
-    pub async fn load_raw(&self, version: Version) -> Result<(Snapshot, Raw)> {
-        let key = manifest_key(version);
-        let Some(sealed) = self.read(&key).await? else {
-            return Err(Error::Missing { key, named_by: "who asked for this version".to_owned() });
-        };
-        let manifest = placed(version, &key, &sealed)?;
-        let content = |reason: String| Error::Content { key: key.clone(), reason };
-        let kind = &manifest.model.kind;
-        if !["logistic", "two_tower"].contains(&kind.as_str()) {
-            return Err(content(format!(
-                "holds a model of kind `{kind}`, this reader knows `logistic` and `two_tower`"
-            )));
-        }
-        let [object] = manifest.objects.as_slice() else {
-            return Err(content(format!("names {} objects, a model has one", manifest.objects.len())));
-        };
-        if object.name != object_key(object.digest) {
-            return Err(content(format!("names `{}`, which does not fit its digest {}", object.name, object.digest)));
-        }
-        let Some(bytes) = self.read(&object.name).await? else {
-            return Err(Error::Missing { key: object.name.clone(), named_by: format!("`{key}`") });
-        };
-        let corrupt = |reason| {
-            let key = object.name.clone();
-            move |source| Error::Corrupt { key, reason, source }
-        };
-        object.digest.check(object.length, &bytes).map_err(corrupt("bytes are not those that were published"))?;
-        let arrays = Arrays::decode(&bytes, PAYLOAD_FORMAT).map_err(corrupt("cannot be read"))?;
-        let weights = Weights::from_arrays(&arrays).map_err(corrupt("does not hold a model"))?;
-        if weights.kind() != manifest.model.kind {
-            return Err(content(format!("says `{}`, the payload holds a `{}`", manifest.model.kind, weights.kind())));
-        }
-        if weights.rows() as u64 != manifest.rows {
-            return Err(content(format!("says {} rows, the payload has {}", manifest.rows, weights.rows())));
-        }
-        let snapshot = Snapshot { manifest, weights };
-        snapshot.prove(|slots| snapshot.logit(slots))?;
-        let raw = Raw { objects: vec![(object_key(snapshot.manifest.objects[0].digest), bytes), (key, sealed)] };
-        Ok((snapshot, raw))
-    }
-
-    /// Makes this store hold the objects of one version and no others, and no channel: a cache. The version is complete
-    /// before an older one goes.
-    pub async fn keep_only(&self, raw: &Raw) -> Result<()> {
-        for (key, bytes) in &raw.objects {
-            if let Created::Taken(_) = self.create_only(key, std::slice::from_ref(bytes)).await? {
-                self.delete(key).await?;
-                self.create_only(key, std::slice::from_ref(bytes)).await?;
-            }
-        }
-        for folder in ["manifests", "objects"] {
-            for key in self.list(folder).await?.into_keys() {
-                if !raw.objects.iter().any(|(kept, _)| *kept == key) {
-                    self.delete(&key).await?;
-                }
-            }
-        }
-        let swept = self.sweep(crate::clock::now());
-        swept.map(|_| ()).map_err(|e| {
-            refusal("the cache", object_store::Error::Generic { store: "LocalFileSystem", source: e.into() })
-        })
-    }
-
-    /// Loads what a channel names now; none if it names nothing yet.
-    pub async fn load_latest(&self, channel: &str) -> Result<Option<Snapshot>> {
-        match self.latest(channel).await?.and_then(|entry| entry.version) {
-            None => Ok(None),
-            Some(version) => self.load(version).await.map(Some),
         }
     }
 
@@ -314,6 +226,13 @@ impl Store {
         Ok(numbers)
     }
 
+    /// Staging files of all ages, for a store that nobody else writes to.
+    pub(super) fn sweep_all(&self) -> Result<usize> {
+        self.sweep(crate::clock::now()).map_err(|e| {
+            refusal("staging files", object_store::Error::Generic { store: "LocalFileSystem", source: e.into() })
+        })
+    }
+
     /// Staging files of a local store that a crash left behind, last written before `before`. Deletes them and returns
     /// how many they were. Other stores have none.
     pub(super) fn sweep(&self, before: Time) -> std::io::Result<usize> {
@@ -337,34 +256,6 @@ impl Store {
             }
         }
         Ok(swept)
-    }
-}
-
-/// The objects of a version as they stand in a store, the manifest last.
-#[derive(Clone, Debug)]
-pub struct Raw {
-    objects: Vec<(String, Bytes)>,
-}
-
-/// A version that was loaded and passed every check.
-#[derive(Clone, PartialEq, Debug)]
-pub struct Snapshot {
-    pub manifest: Manifest,
-    pub weights: Weights,
-}
-
-impl Snapshot {
-    /// Logit of an encoded example; see [`Weights::logit`].
-    #[must_use]
-    pub fn logit(&self, slots: &[Slot]) -> f32 {
-        self.weights.logit(slots)
-    }
-
-    /// Checks that another scorer of these weights reproduces the golden vectors.
-    pub fn prove(&self, score: impl FnMut(&[Slot]) -> f32) -> Result<()> {
-        let features = self.weights.default_rows().len();
-        weights::prove(&self.manifest.golden, features, score)
-            .map_err(|reason| Error::Content { key: manifest_key(self.manifest.version), reason })
     }
 }
 
@@ -456,16 +347,6 @@ fn directory(url: &str) -> Result<PathBuf> {
             refuse(format!("`{scheme}` comes with object stores; this version knows a directory or `file://`"))
         }
     }
-}
-
-/// The manifest in `bytes`, which must be that of the version whose key it has.
-fn placed(version: Version, key: &str, bytes: &[u8]) -> Result<Manifest> {
-    let manifest: Manifest = document(key, bytes)?;
-    if manifest.version == version {
-        return Ok(manifest);
-    }
-    let reason = format!("is the manifest of version {}, which is not its place", manifest.version);
-    Err(Error::Content { key: key.to_owned(), reason })
 }
 
 pub(super) fn document<D: Document>(key: &str, bytes: &[u8]) -> Result<D> {

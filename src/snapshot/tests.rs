@@ -204,7 +204,7 @@ async fn try_open(store: &Store) -> super::Result<Publisher> {
 
 async fn publish(publisher: &mut Publisher, batch: u64) -> super::Result<Outcome> {
     let weights = weights(batch);
-    publisher.publish(&weights, facts(batch), &golden(&weights)).await
+    publisher.publish(Arc::new(weights.clone()), facts(batch), &golden(&weights)).await
 }
 
 fn memory() -> Arc<dyn ObjectStore> {
@@ -353,7 +353,7 @@ async fn after_a_restart_nothing_is_published_twice_or_backwards() {
     assert_eq!(publish(&mut second, 11).await.unwrap(), Outcome::Published(Version(2)));
     let mut other = Publisher::open(store.clone(), &plan(), "other", ModelInfo::default()).await.unwrap();
     let weights = weights(1);
-    let outcome = other.publish(&weights, facts(1), &[]).await.unwrap();
+    let outcome = other.publish(Arc::new(weights), facts(1), &[]).await.unwrap();
     assert_eq!(outcome, Outcome::Published(Version(3)), "another lineage has batches of its own");
 }
 
@@ -390,9 +390,9 @@ async fn two_writers_that_start_at_once_get_different_epochs() {
 #[tokio::test]
 async fn the_same_weights_are_one_object() {
     let store = Store::over(memory());
-    let mut publisher = open(&store).await;
     for batch in 1..=2 {
-        publisher.publish(&weights(7), facts(batch), &[]).await.unwrap();
+        // Each begins with a full.
+        open(&store).await.publish(Arc::new(weights(7)), facts(batch), &[]).await.unwrap();
     }
     assert_eq!(store.list("objects").await.unwrap().len(), 1);
     assert_eq!(versions(&store).await, [1, 2]);
@@ -404,7 +404,7 @@ async fn a_model_that_differs_from_its_export_is_not_published() {
     let mut publisher = open(&store).await;
     let mut golden = golden(&weights(1));
     golden[0].logit += 0.001;
-    let error = publisher.publish(&weights(1), facts(1), &golden).await.unwrap_err();
+    let error = publisher.publish(Arc::new(weights(1)), facts(1), &golden).await.unwrap_err();
     assert!(error.to_string().contains("golden vector 0"), "{error}");
     assert_eq!(versions(&store).await, [0u64; 0]);
 }
@@ -533,7 +533,7 @@ async fn a_payload_name_that_holds_other_bytes_stops_the_publish() {
     let object = live(&store).await.unwrap().manifest.objects[0].name.clone();
     std::fs::write(dir.path().join(&object), "torn").unwrap();
     let mut publisher = open(&store).await;
-    let error = publisher.publish(&weights(2), facts(3), &[]).await.unwrap_err();
+    let error = publisher.publish(Arc::new(weights(2)), facts(3), &[]).await.unwrap_err();
     assert!(matches!(&error, Error::Collision { key } if *key == object), "{error}");
     assert_eq!(error.remedy(), Remedy::Stop);
 }
@@ -547,7 +547,7 @@ async fn retention_keeps_what_is_needed_and_removes_the_debris_of_crashes() {
     let mut publisher = open(&store).await;
     // Version 6 has the weights of version 1, so its payload is an old one.
     for (batch, seed) in (1..=6).zip([1, 2, 3, 4, 5, 1]) {
-        publisher.publish(&weights(seed), facts(batch), &[]).await.unwrap();
+        publisher.publish(Arc::new(weights(seed)), facts(batch), &[]).await.unwrap();
     }
     let other = Settings { channel: "held".to_owned(), ..Settings::default() }.check().unwrap();
     drop(Publisher::open(store.clone(), &other, "main", ModelInfo::default()).await.unwrap());
@@ -612,4 +612,194 @@ async fn the_fault_store_lists_what_is_there() {
     let mut publisher = open(&store).await;
     publish(&mut publisher, 1).await.unwrap();
     assert_eq!(inner.list(None).count().await, OPEN + PUBLISH);
+}
+
+// ------------------------------------------------------------------------------------------------------------ deltas
+
+/// A model of 5000 rows of which each batch changes four and removes one.
+fn grown(batch: u64) -> Weights {
+    let id = |i: u64| (i + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let mut rows: Vec<(u64, f32)> = (batch..5000).map(|i| (id(i), i as f32 * 0.25)).collect();
+    for (changed, row) in rows.iter_mut().skip(20).take(4).enumerate() {
+        row.1 = batch as f32 + changed as f32;
+    }
+    rows.sort_by_key(|row| row.0);
+    let (ids, values) = rows.into_iter().unzip();
+    Weights::new(ids, values, batch as f32, vec![id(4999), id(4998)]).unwrap()
+}
+
+async fn publish_grown(publisher: &mut Publisher, batch: u64) -> super::Result<Outcome> {
+    let weights = grown(batch);
+    publisher.publish(Arc::new(weights.clone()), facts(batch), &golden(&weights)).await
+}
+
+async fn manifest(store: &Store, version: u64) -> super::Manifest {
+    store.manifest(Version(version), "a test").await.unwrap()
+}
+
+#[tokio::test]
+async fn after_a_full_come_deltas_and_each_version_loads_as_it_was_published() {
+    let store = Store::over(memory());
+    let mut publisher = open(&store).await;
+    for batch in 1..=30 {
+        let published = publish_grown(&mut publisher, batch).await.unwrap();
+        assert_eq!(published, Outcome::Published(Version(batch)));
+    }
+    for version in 1..=30 {
+        assert_eq!(store.load(Version(version)).await.unwrap().weights, grown(version), "version {version}");
+        let manifest = manifest(&store, version).await;
+        let number = manifest.delta.as_ref().map_or(0, |link| u64::from(link.number));
+        assert_eq!(number, (version - 1) % 21, "a full, then 20 deltas");
+        if let Some(link) = manifest.delta {
+            assert_eq!((link.after.0, link.full.0), (version - 1, if version > 21 { 22 } else { 1 }));
+            assert!(manifest.objects[0].length * 5 < link.result.length, "{} bytes", manifest.objects[0].length);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_chain_never_grows_past_its_full_and_a_setting_turns_deltas_off() {
+    let store = Store::over(memory());
+    let settings = Settings { deltas: 1000, ..Settings::default() };
+    let model = ModelInfo { kind: "logistic".to_owned(), ..ModelInfo::default() };
+    let mut publisher =
+        Publisher::open(store.clone(), &settings.check().unwrap(), "main", model.clone()).await.unwrap();
+    let (mut chain, mut fulls) = (0, 0);
+    for batch in 1..=300 {
+        publish_grown(&mut publisher, batch).await.unwrap();
+        let manifest = manifest(&store, batch).await;
+        let length = manifest.objects[0].length;
+        match manifest.delta {
+            None => (chain, fulls) = (0, fulls + 1),
+            Some(link) => {
+                chain += length;
+                assert!(chain <= link.result.length);
+            }
+        }
+    }
+    assert!((2..10).contains(&fulls), "{fulls}");
+    let settings = Settings { deltas: 0, ..Settings::default() };
+    let mut publisher = Publisher::open(store.clone(), &settings.check().unwrap(), "main", model).await.unwrap();
+    for batch in 301..=303 {
+        publish_grown(&mut publisher, batch).await.unwrap();
+        assert_eq!(manifest(&store, batch).await.delta, None);
+    }
+}
+
+#[tokio::test]
+async fn a_publish_that_was_tried_again_gives_the_bytes_of_one_that_was_not() {
+    let clean = Store::over(memory());
+    let mut publisher = open(&clean).await;
+    for batch in 1..=3 {
+        publish_grown(&mut publisher, batch).await.unwrap();
+    }
+    let payload = async |store: &Store| {
+        let live = store.latest("live").await.unwrap().unwrap().version.unwrap();
+        manifest(store, live.0).await.objects[0].digest
+    };
+    let expected = payload(&clean).await;
+    for fault in 0..3 * 3 {
+        for rule in [Rule::LoseReply(fault..fault + 3), Rule::Fail(fault..fault + 3), Rule::Full(fault..fault + 1)] {
+            let inner = memory();
+            let faults = FaultStore::over(&inner, Rule::None);
+            let store = Store::over(Arc::clone(&faults) as Arc<dyn ObjectStore>);
+            let mut publisher = open(&store).await;
+            publish_grown(&mut publisher, 1).await.unwrap();
+            publish_grown(&mut publisher, 2).await.unwrap();
+            faults.set(rule.clone());
+            while publish_grown(&mut publisher, 3).await.is_err() {}
+            assert_eq!(payload(&store).await, expected, "{rule:?}");
+            assert_eq!(live(&store).await.unwrap().weights, grown(3), "{rule:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_trainer_that_starts_anew_begins_with_a_full() {
+    let store = Store::over(memory());
+    let mut publisher = open(&store).await;
+    publish_grown(&mut publisher, 1).await.unwrap();
+    publish_grown(&mut publisher, 2).await.unwrap();
+    let mut publisher = open(&store).await;
+    publish_grown(&mut publisher, 3).await.unwrap();
+    assert_eq!(manifest(&store, 3).await.delta, None);
+    publish_grown(&mut publisher, 4).await.unwrap();
+    assert_eq!(manifest(&store, 4).await.delta.unwrap().after, Version(3));
+}
+
+#[tokio::test]
+async fn a_dropped_a_repeated_and_a_swapped_delta_are_noticed() {
+    let inner = memory();
+    let store = Store::over(Arc::clone(&inner));
+    let mut publisher = open(&store).await;
+    for batch in 1..=5 {
+        publish_grown(&mut publisher, batch).await.unwrap();
+    }
+    let key = |version| Path::from(manifest_key(Version(version)));
+    let read = async |version| inner.get(&key(version)).await.unwrap().bytes().await.unwrap();
+    let (third, fourth) = (read(3).await, read(4).await);
+    let error = async || store.load(Version(5)).await.unwrap_err().to_string();
+
+    inner.delete(&key(3)).await.unwrap();
+    assert!(error().await.contains("manifests/000000000003.json"), "dropped: {}", error().await);
+    // Version 3 again, in the place of 4: it has the wrong number even if all of it is sealed anew.
+    let mut again = super::Manifest::from_bytes(&third).unwrap();
+    again.version = Version(4);
+    inner.put(&key(3), third.clone().into()).await.unwrap();
+    inner.put(&key(4), again.to_bytes().unwrap().into()).await.unwrap();
+    assert!(error().await.contains("manifest digest"), "repeated: {}", error().await);
+    inner.put(&key(3), fourth.into()).await.unwrap();
+    inner.put(&key(4), third.into()).await.unwrap();
+    assert!(error().await.contains("not its place") || error().await.contains("manifest digest"), "swapped");
+}
+
+#[tokio::test]
+async fn a_delta_whose_payload_does_not_give_the_promised_bytes_is_refused() {
+    let inner = memory();
+    let store = Store::over(Arc::clone(&inner));
+    let mut publisher = open(&store).await;
+    publish_grown(&mut publisher, 1).await.unwrap();
+    publish_grown(&mut publisher, 2).await.unwrap();
+    let mut forged = manifest(&store, 2).await;
+    forged.delta.as_mut().unwrap().result.digest.0 ^= 1;
+    inner.put(&Path::from(manifest_key(Version(2))), forged.to_bytes().unwrap().into()).await.unwrap();
+    let error = store.load(Version(2)).await.unwrap_err().to_string();
+    assert!(error.contains("its chain gives weights with the digest"), "{error}");
+}
+
+#[tokio::test]
+async fn retention_keeps_the_chain_of_what_it_keeps() {
+    let store = Store::over(memory());
+    let mut publisher = open(&store).await;
+    for batch in 1..=8 {
+        publish_grown(&mut publisher, batch).await.unwrap();
+    }
+    let keep_one = Plan { keep: 1, grace_ms: -1000, ..plan() };
+    retain(&store, &keep_one, clock::now()).await.unwrap();
+    assert_eq!(versions(&store).await, (1..=8).collect::<Vec<_>>(), "8 needs them all");
+    let mut publisher = open(&store).await;
+    publish_grown(&mut publisher, 9).await.unwrap();
+    retain(&store, &keep_one, clock::now()).await.unwrap();
+    assert_eq!(versions(&store).await, [9]);
+    assert_eq!(live(&store).await.unwrap().weights, grown(9));
+}
+
+#[tokio::test]
+async fn rounded_rows_are_published_with_the_distance_that_rounding_made() {
+    for precision in [super::Precision::F16, super::Precision::Int8] {
+        let store = Store::over(memory());
+        let settings = Settings { precision, ..Settings::default() };
+        let model = ModelInfo { kind: "logistic".to_owned(), ..ModelInfo::default() };
+        let mut publisher = Publisher::open(store.clone(), &settings.check().unwrap(), "main", model).await.unwrap();
+        let exact = weights(7);
+        let third: Vec<f32> = exact.weights().iter().map(|w| w / 3.0).collect();
+        let exact = Weights::new(exact.ids().to_vec(), third, -3.0, exact.default_rows().to_vec()).unwrap();
+        publisher.publish(Arc::new(exact.clone()), facts(1), &golden(&exact)).await.unwrap();
+        let snapshot = live(&store).await.unwrap();
+        assert_ne!(snapshot.weights, exact);
+        assert_eq!(snapshot.weights, exact.rounded(precision).unwrap());
+        let distance = (snapshot.manifest.golden[0].logit - golden(&exact)[0].logit).abs();
+        assert!(distance > 0.0 && distance < 1e-3);
+        assert_eq!((snapshot.manifest.rounding, snapshot.manifest.precision), (distance, precision));
+    }
 }

@@ -4,13 +4,14 @@
 use std::cell::RefCell;
 
 use super::codec::{Arrays, Error, Result};
-use super::weights::find;
+use super::vectors::{Precision, Vectors};
+use super::weights::{ascending, find};
 use crate::event::Slot;
 use crate::model::tower::{Activation, MOST_LAYERS, Pair, WIDEST, Work};
 use crate::model::two_tower::{Layout, Plan, Side, names};
 
-const IDS: &str = "embedding.ids";
-const ROWS: &str = "embedding.rows";
+pub(super) const IDS: &str = "embedding.ids";
+pub(super) const ROWS: &str = "embedding.rows";
 const FEATURES: &str = "towers.features";
 const ACTIVATION: &str = "towers.activation";
 const SCALE: &str = "towers.scale";
@@ -22,8 +23,7 @@ pub struct Towers {
     plan: Plan,
     pair: Pair,
     ids: Vec<u64>,
-    /// `[ids, dim]`
-    rows: Vec<f32>,
+    rows: Vectors,
     /// Packed as [`Pair`] has it.
     params: Vec<f32>,
     /// Of each feature that a tower sees: position of its default row.
@@ -33,7 +33,7 @@ pub struct Towers {
 impl Towers {
     /// Checks and keeps towers: `ids` ascending strictly and never 0, a row of `dim` for each, all finite, and among them the
     /// default row of each feature that a tower sees.
-    pub fn new(layout: Layout, ids: Vec<u64>, rows: Vec<f32>, params: Vec<f32>, default_rows: &[u64]) -> Result<Self> {
+    pub fn new(layout: Layout, ids: Vec<u64>, rows: Vectors, params: Vec<f32>, default_rows: &[u64]) -> Result<Self> {
         let wrong = |name: &str, expected: &str, found: String| {
             Err(Error::Wrong { name: name.to_owned(), expected: expected.to_owned(), found })
         };
@@ -41,17 +41,13 @@ impl Towers {
         if layout.sides.len() != default_rows.len() {
             return wrong(FEATURES, &format!("{} long", default_rows.len()), layout.sides.len().to_string());
         }
-        if rows.len() != ids.len() * layout.dim {
-            return wrong(ROWS, &format!("{} x {}, like `{IDS}`", ids.len(), layout.dim), rows.len().to_string());
+        if (rows.len(), rows.dim()) != (ids.len(), layout.dim) {
+            let found = format!("{} x {}", rows.len(), rows.dim());
+            return wrong(ROWS, &format!("{} x {}, like `{IDS}`", ids.len(), layout.dim), found);
         }
-        if ids.first() == Some(&0) {
-            return wrong(IDS, "free of 0", "0 at 0".to_owned());
-        }
-        if let Some(at) = ids.windows(2).position(|pair| pair[0] >= pair[1]) {
-            return wrong(IDS, "strictly ascending", format!("{:016x} then {:016x} at {at}", ids[at], ids[at + 1]));
-        }
-        if let Some(at) = rows.iter().position(|w| !w.is_finite()) {
-            return wrong(ROWS, "finite", format!("{} at row {:016x}", rows[at], ids[at / layout.dim]));
+        ascending(IDS, &ids)?;
+        if let Some(at) = rows.unfit() {
+            return wrong(ROWS, "finite", format!("a number that is not in row {:016x}", ids[at]));
         }
         if params.len() != pair.len {
             return wrong("towers.*", &format!("{} numbers together", pair.len), params.len().to_string());
@@ -71,6 +67,12 @@ impl Towers {
         Ok(Self { layout, plan, pair, ids, rows, params, defaults })
     }
 
+    /// The same towers with their vectors rounded. An error is a row, and its number, that f16 cannot hold.
+    pub(super) fn rounded(&self, precision: Precision) -> std::result::Result<Self, (u64, f32)> {
+        let rows = self.rows.rounded(precision).map_err(|(at, found)| (self.ids[at], found))?;
+        Ok(Self { rows, ..self.clone() })
+    }
+
     /// What the towers add to the logit of an encoded example.
     #[must_use]
     pub fn product(&self, slots: &[Slot]) -> f32 {
@@ -87,9 +89,9 @@ impl Towers {
             }
             for slot in slots {
                 let Some((tower, column)) = self.plan.of(slot.feature) else { continue };
-                let Some(row) = self.row(slot) else { continue };
-                let to = &mut inputs[tower][column..column + self.layout.dim];
-                to.iter_mut().zip(row).for_each(|(sum, &w)| *sum += slot.value * w);
+                let own = find(&self.ids, slot.row).or_else(|| self.defaults[usize::from(slot.feature)]);
+                let Some(at) = own else { continue };
+                self.rows.add(at, slot.value, &mut inputs[tower][column..column + self.layout.dim]);
             }
             let u = self.pair.user.says(&self.params, &inputs[0], 1, user);
             let v = self.pair.item.says(&self.params, &inputs[1], 1, item);
@@ -97,10 +99,9 @@ impl Towers {
         })
     }
 
-    /// The vector that a slot's row has in a score.
-    fn row(&self, slot: &Slot) -> Option<&[f32]> {
-        let at = find(&self.ids, slot.row).or_else(|| self.defaults[usize::from(slot.feature)])?;
-        Some(&self.rows[at * self.layout.dim..][..self.layout.dim])
+    #[must_use]
+    pub fn pair(&self) -> &Pair {
+        &self.pair
     }
 
     #[must_use]
@@ -114,10 +115,16 @@ impl Towers {
         &self.ids
     }
 
-    /// Vectors beside [`Towers::ids`], `[ids, dim]`.
+    /// Vectors beside [`Towers::ids`].
     #[must_use]
-    pub fn rows(&self) -> &[f32] {
+    pub fn rows(&self) -> &Vectors {
         &self.rows
+    }
+
+    /// The vectors and the parameters of the layers.
+    #[must_use]
+    pub fn into_rows(self) -> (Vectors, Vec<f32>) {
+        (self.rows, self.params)
     }
 
     /// Parameters of the layers, packed as [`Pair`] has it.
@@ -133,12 +140,14 @@ impl Towers {
     }
 
     pub(super) fn has_array(&self, name: &str) -> bool {
-        [IDS, ROWS, FEATURES, ACTIVATION].contains(&name) || names(&self.pair).iter().any(|(other, _, _)| other == name)
+        [IDS, FEATURES, ACTIVATION].contains(&name)
+            || self.rows.has_array(ROWS, name)
+            || names(&self.pair).iter().any(|(other, _, _)| other == name)
     }
 
     pub(super) fn to_arrays(&self, arrays: &mut Arrays) {
         arrays.push_u64(IDS, &[self.ids.len()], &self.ids);
-        arrays.push_f32(ROWS, &[self.ids.len(), self.layout.dim], &self.rows);
+        self.rows.to_arrays(ROWS, arrays);
         let code = |side: &Option<Side>| match side {
             None => 0,
             Some(Side::User) => 1,
@@ -161,12 +170,7 @@ impl Towers {
             Err(Error::Wrong { name: name.to_owned(), expected: expected.to_owned(), found })
         };
         let ids = arrays.u64s(IDS)?;
-        let &[count, dim] = arrays.shape(ROWS)? else {
-            return wrong(ROWS, "of two dimensions", format!("{:?}", arrays.shape(ROWS)?));
-        };
-        if count != ids.len() || !(1..=256).contains(&dim) {
-            return wrong(ROWS, &format!("of shape [{}, 1 to 256]", ids.len()), format!("[{count}, {dim}]"));
-        }
+        let rows = Vectors::from_arrays(ROWS, arrays)?;
         let mut sides = Vec::new();
         for code in arrays.u8s(FEATURES)? {
             sides.push(match code {
@@ -196,16 +200,23 @@ impl Towers {
             return wrong("towers.user.*.bias", "1 to 4 layers of 1 to 1024", format!("{layers:?}"));
         }
         let layer_norm = arrays.get("towers.user.0.gain").is_some();
-        let layout = Layout { sides, dim, layers, activation, layer_norm, normalize: arrays.get(SCALE).is_some() };
-        let pair = layout.pair();
-        let mut params = vec![0.0; pair.len];
-        for (name, shape, at) in names(&pair) {
-            let found = arrays.shape(&name)?;
-            if found != shape {
-                return wrong(&name, &format!("of shape {shape:?}"), format!("{found:?}"));
-            }
-            params[at].copy_from_slice(&arrays.f32s(&name)?);
-        }
-        Self::new(layout, ids, arrays.f32s(ROWS)?, params, default_rows).map(Some)
+        let layout =
+            Layout { sides, dim: rows.dim(), layers, activation, layer_norm, normalize: arrays.get(SCALE).is_some() };
+        let params = read_params(arrays, &layout.pair())?;
+        Self::new(layout, ids, rows, params, default_rows).map(Some)
     }
+}
+
+/// The parameters of all layers, packed as `pair` has them.
+pub(super) fn read_params(arrays: &Arrays, pair: &Pair) -> Result<Vec<f32>> {
+    let mut params = vec![0.0; pair.len];
+    for (name, shape, at) in names(pair) {
+        let found = arrays.shape(&name)?;
+        if found != shape {
+            let (expected, found) = (format!("of shape {shape:?}"), format!("{found:?}"));
+            return Err(Error::Wrong { name, expected, found });
+        }
+        params[at].copy_from_slice(&arrays.f32s(&name)?);
+    }
+    Ok(params)
 }

@@ -1,13 +1,16 @@
 //! The model as it travels: sorted ids with their weights, and how a score is computed from them.
 
-use super::codec::{Arrays, Error, Result};
+use half::f16;
+
+use super::codec::{Arrays, Dtype, Error, Result};
 use super::manifest::Golden;
 use super::towers::Towers;
+use super::vectors::{Precision, Vectors};
 use crate::event::Slot;
 
-const IDS: &str = "logistic.ids";
-const WEIGHTS: &str = "logistic.weights";
-const INTERCEPT: &str = "logistic.intercept";
+pub(super) const IDS: &str = "logistic.ids";
+pub(super) const WEIGHTS: &str = "logistic.weights";
+pub(super) const INTERCEPT: &str = "logistic.intercept";
 const DEFAULT_ROWS: &str = "logistic.default_rows";
 
 /// How far a reader's logit may lie from that of the manifest: absolute up to a logit of 1, relative beyond.
@@ -16,13 +19,15 @@ pub const TOLERANCE: f32 = 1e-5;
 /// Everything that scoring needs. Ids are uniform hashes, so the sorted column is its own index.
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct Weights {
-    ids: Vec<u64>,
-    weights: Vec<f32>,
+    pub(super) ids: Vec<u64>,
+    pub(super) weights: Vec<f32>,
+    /// Weights are numbers of f16, and travel as such.
+    pub(super) half: bool,
     intercept: f32,
-    default_rows: Vec<u64>,
+    pub(super) default_rows: Vec<u64>,
     /// Of each feature: the weight of its default row.
     defaults: Vec<f32>,
-    towers: Option<Towers>,
+    pub(super) towers: Option<Towers>,
 }
 
 impl Weights {
@@ -35,12 +40,7 @@ impl Weights {
         if weights.len() != ids.len() {
             return wrong(WEIGHTS, &format!("{} long, like `{IDS}`", ids.len()), weights.len().to_string());
         }
-        if ids.first() == Some(&0) {
-            return wrong(IDS, "free of 0", "0 at 0".to_owned());
-        }
-        if let Some(at) = ids.windows(2).position(|pair| pair[0] >= pair[1]) {
-            return wrong(IDS, "strictly ascending", format!("{:016x} then {:016x} at {at}", ids[at], ids[at + 1]));
-        }
+        ascending(IDS, &ids)?;
         if let Some(at) = weights.iter().position(|w| !w.is_finite()) {
             return wrong(WEIGHTS, "finite", format!("{} at {at}, row {:016x}", weights[at], ids[at]));
         }
@@ -48,13 +48,53 @@ impl Weights {
             return wrong(INTERCEPT, "finite", intercept.to_string());
         }
         let defaults = default_rows.iter().map(|row| find(&ids, *row).map_or(0.0, |at| weights[at])).collect();
-        Ok(Self { ids, weights, intercept, default_rows, defaults, towers: None })
+        Ok(Self { ids, weights, half: false, intercept, default_rows, defaults, towers: None })
     }
 
     /// The same model with towers beside it.
     #[must_use]
     pub fn with_towers(self, towers: Towers) -> Self {
         Self { towers: Some(towers), ..self }
+    }
+
+    /// The same model with its rows rounded. An error names a row that f16 cannot hold.
+    pub fn rounded(&self, precision: Precision) -> Result<Self> {
+        let past = |name: &str, row: u64, found: f32| {
+            let expected =
+                format!("within what f16 holds, 65504 (row {row:016x}; `snapshots.precision = \"f32\"` holds more)");
+            Error::Wrong { name: name.to_owned(), expected, found: found.to_string() }
+        };
+        let ids = self.ids.clone();
+        let half = precision != Precision::F32;
+        let numbers = Vectors::exact(1, self.weights.clone());
+        let weights = match numbers.rounded(if half { Precision::F16 } else { Precision::F32 }) {
+            Ok(rounded) => rounded.to_f32(),
+            Err((at, found)) => return Err(past(WEIGHTS, ids[at], found)),
+        };
+        let rounded = Self::new(ids, weights, self.intercept, self.default_rows.clone())?.of_halves(half);
+        let Some(towers) = &self.towers else { return Ok(rounded) };
+        let towers = towers.rounded(precision).map_err(|(row, found)| past("embedding.rows", row, found))?;
+        Ok(rounded.with_towers(towers))
+    }
+
+    pub(super) fn of_halves(self, half: bool) -> Self {
+        Self { half, ..self }
+    }
+
+    /// How exactly rows are published.
+    #[must_use]
+    pub fn precision(&self) -> Precision {
+        match &self.towers {
+            Some(towers) => towers.rows().precision(),
+            None if self.half => Precision::F16,
+            None => Precision::F32,
+        }
+    }
+
+    /// Takes the towers out of it.
+    #[must_use]
+    pub fn take_towers(&mut self) -> Option<Towers> {
+        self.towers.take()
     }
 
     #[must_use]
@@ -132,7 +172,7 @@ impl Weights {
     pub fn to_arrays(&self) -> Arrays {
         let mut arrays = Arrays::new();
         arrays.push_u64(IDS, &[self.ids.len()], &self.ids);
-        arrays.push_f32(WEIGHTS, &[self.weights.len()], &self.weights);
+        push_weights(&mut arrays, WEIGHTS, &self.weights, self.half);
         arrays.push_f32(INTERCEPT, &[1], &[self.intercept]);
         arrays.push_u64(DEFAULT_ROWS, &[self.default_rows.len()], &self.default_rows);
         if let Some(towers) = &self.towers {
@@ -165,12 +205,55 @@ impl Weights {
             let (expected, found) = ("absent from a model of this kind".to_owned(), "an array".to_owned());
             return Err(Error::Wrong { name: other.name.clone(), expected, found });
         }
-        let weights = Self::new(ids, arrays.f32s(WEIGHTS)?, intercept[0], default_rows)?;
+        let (numbers, half) = read_weights(arrays, WEIGHTS)?;
+        if let Some(towers) = &towers
+            && half != (towers.rows().precision() != Precision::F32)
+        {
+            let found = format!("vectors of {:?}", towers.rows().precision());
+            return Err(Error::Wrong {
+                name: WEIGHTS.to_owned(),
+                expected: "rounded as the vectors are".to_owned(),
+                found,
+            });
+        }
+        let weights = Self::new(ids, numbers, intercept[0], default_rows)?.of_halves(half);
         Ok(match towers {
             Some(towers) => weights.with_towers(towers),
             None => weights,
         })
     }
+}
+
+/// Refuses ids that are 0 or not strictly ascending.
+pub(super) fn ascending(name: &str, ids: &[u64]) -> Result<()> {
+    let (expected, found) = if ids.first() == Some(&0) {
+        ("free of 0", "0 at 0".to_owned())
+    } else if let Some(at) = ids.windows(2).position(|pair| pair[0] >= pair[1]) {
+        ("strictly ascending", format!("{:016x} then {:016x} at {at}", ids[at], ids[at + 1]))
+    } else {
+        return Ok(());
+    };
+    Err(Error::Wrong { name: name.to_owned(), expected: expected.to_owned(), found })
+}
+
+/// Adds weights, of which `half` says that they are numbers of f16.
+pub(super) fn push_weights(arrays: &mut Arrays, name: &str, weights: &[f32], half: bool) {
+    if half {
+        let numbers: Vec<f16> = weights.iter().map(|w| f16::from_f32(*w)).collect();
+        arrays.push_f16(name, &[numbers.len()], &numbers);
+    } else {
+        arrays.push_f32(name, &[weights.len()], weights);
+    }
+}
+
+/// Reads what [`push_weights`] wrote.
+pub(super) fn read_weights(arrays: &Arrays, name: &str) -> Result<(Vec<f32>, bool)> {
+    let half = arrays.get(name).is_some_and(|array| array.dtype == Dtype::F16);
+    let weights = match half {
+        true => arrays.f16s(name)?.into_iter().map(f16::to_f32).collect(),
+        false => arrays.f32s(name)?,
+    };
+    Ok((weights, half))
 }
 
 /// Scores the golden vectors with `score` and names the first that is not reproduced within [`TOLERANCE`].
