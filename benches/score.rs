@@ -89,6 +89,7 @@ fn snapshot(schema: &Schema) -> Snapshot {
         delta: None,
         precision: tidemill::snapshot::Precision::F32,
         rounding: 0.0,
+        gate: None,
         objects: Vec::new(),
         rows: ids.len() as u64,
         facts: Facts::default(),

@@ -11,6 +11,7 @@ use crate::feature::schema::{CrossSettings, FeatureSettings, Schema, Tower};
 use crate::merge::{self, Bounds, StreamRules};
 use crate::model::two_tower::{self, Side};
 use crate::model::{self, logistic};
+use crate::snapshot::gate;
 use crate::source::decode::RecordSettings;
 use crate::train::progressive;
 use crate::{join, snapshot, source};
@@ -349,6 +350,8 @@ pub struct Config {
     /// Left out: nothing is published.
     pub snapshots: Option<snapshot::Settings>,
     #[serde(default)]
+    pub gate: gate::Settings,
+    #[serde(default)]
     pub publish: PublishSettings,
     /// Left out: rejected records are counted and logged, not kept.
     pub dead_letters: Option<DeadLetterSettings>,
@@ -366,6 +369,8 @@ pub struct Checked {
     pub merge: merge::Rules,
     pub join: join::Rules,
     pub model: model::Checked,
+    /// None: every version that is well formed is named.
+    pub gate: Option<gate::Rules>,
     /// Every setting that decides the order or the bytes, by key: a checkpoint is only resumed under equal ones.
     pub binding: BTreeMap<String, String>,
 }
@@ -514,7 +519,12 @@ impl Config {
             quiet_after: self.clicks.as_ref().and_then(|clicks| clicks.quiet_after.0).map(ms),
             expected: self.fuse.expected,
         };
-        let mut checked = Checked { schema, merge, join, model, binding: BTreeMap::new(), config: self };
+        let mut gate = Some(self.gate.check()?).filter(|rules| rules.examples() > 0);
+        if self.model.logistic.rule == logistic::Rule::Count {
+            // It says nothing of an example that could be compared.
+            gate = None;
+        }
+        let mut checked = Checked { schema, merge, join, model, gate, binding: BTreeMap::new(), config: self };
         checked.binding = checked.bindings();
         Ok(checked)
     }

@@ -188,6 +188,25 @@ pub fn published(version: u64) {
     gauge!("tidemill_snapshot_version").set(version as f64);
 }
 
+/// The gate held a version.
+pub fn snapshot_held() {
+    counter!("tidemill_snapshots_held_total").increment(1);
+}
+
+/// What the version that serves said of a sample of the examples since it was published, before the next one replaces it.
+pub fn as_served(logloss: Option<f64>, auc: Option<f64>, calibration: Option<f64>) {
+    let figures = [
+        ("tidemill_as_served_logloss_nats", logloss),
+        ("tidemill_as_served_auc", auc),
+        ("tidemill_as_served_calibration", calibration),
+    ];
+    for (name, value) in figures {
+        if let Some(value) = value {
+            gauge!(name).set(value);
+        }
+    }
+}
+
 /// A snapshot could not be published.
 pub fn publish_failed() {
     counter!("tidemill_snapshot_failures_total").increment(1);

@@ -82,6 +82,7 @@ fn model(with_towers: bool) -> Model {
         delta: None,
         precision: tidemill::snapshot::Precision::F32,
         rounding: 0.0,
+        gate: None,
         objects: Vec::new(),
         rows: weights.rows() as u64,
         facts: Facts::default(),

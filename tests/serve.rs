@@ -137,7 +137,8 @@ impl Shop {
         let golden: Vec<_> = golden.iter().map(|s| snapshot::Golden::new(s, weights.logit(s))).collect();
         assert!(!golden.is_empty());
         let facts = Facts { batch: self.published, frontier_time: Some(Time(1_767_225_600_000)), ..Facts::default() };
-        let published = block_on(self.publisher.as_mut().unwrap().publish(Arc::new(weights), facts, &golden)).unwrap();
+        let published =
+            block_on(self.publisher.as_mut().unwrap().publish(Arc::new(weights), facts, &golden, None)).unwrap();
         let Outcome::Published(version) = published else { panic!("{published:?}") };
         version
     }
@@ -659,17 +660,21 @@ fn bad_requests_are_answered_with_what_is_wrong() {
     assert_eq!(serving.get("/v1/score").0, 405);
 
     // A body that does not come, and the one request that is answered at a time.
-    let mut slow = serving.connect();
-    slow.send("POST /v1/score HTTP/1.1\r\nhost: t\r\ncontent-length: 100\r\n\r\n{");
-    let began = Instant::now();
-    let mut overloaded = false;
-    while began.elapsed() < Duration::from_millis(250) && !overloaded {
-        let (status, answer) = serving.score(r#"{"context":{},"candidates":[]}"#);
-        overloaded = (status, &answer["error"]["code"]) == (503, &json!("overloaded"));
-    }
-    assert!(overloaded, "one request at a time was not the limit");
-    let (status, answer) = slow.answer().unwrap();
-    assert_eq!(status, 408, "{answer}");
+    // On a busy machine either of the two may come first, or the time may be over: then they try again.
+    let met = (0..50).any(|_| {
+        let mut slow = serving.connect();
+        slow.send("POST /v1/score HTTP/1.1\r\nhost: t\r\ncontent-length: 100\r\n\r\n{");
+        let began = Instant::now();
+        let mut overloaded = false;
+        while began.elapsed() < Duration::from_millis(250) && !overloaded {
+            let (status, answer) = serving.score(r#"{"context":{},"candidates":[]}"#);
+            overloaded = (status, &answer["error"]["code"]) == (503, &json!("overloaded"));
+        }
+        let (status, answer) = slow.answer().unwrap();
+        assert!(status == 408 || status == 503, "{answer}");
+        overloaded && status == 408
+    });
+    assert!(met, "one request at a time was not the limit, or a body that does not come is not given up");
     assert_eq!(serving.score(r#"{"context":{},"candidates":[]}"#).0, 200);
 }
 

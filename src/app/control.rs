@@ -6,6 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde::Serialize;
 
+use super::publisher::Withheld;
 use crate::event::Time;
 use crate::join::fuse::Jump;
 use crate::merge::Attention;
@@ -98,6 +99,8 @@ pub struct Status {
     pub batches: u64,
     pub examples: u64,
     pub snapshot_version: Option<u64>,
+    /// The newest version, if the gate held it.
+    pub snapshot_held: Option<Withheld>,
     pub partitions: Vec<PartitionStatus>,
 }
 
@@ -119,6 +122,7 @@ impl Status {
             batches: 0,
             examples: 0,
             snapshot_version: None,
+            snapshot_held: None,
             partitions: Vec::new(),
         }
     }

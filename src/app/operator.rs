@@ -6,6 +6,7 @@ use std::time::Instant;
 use serde_json::json;
 
 use super::control::{Answer, Command, Control, HeldBatch, Hold, PartitionStatus, Status, Why, shown};
+use super::publisher::Published;
 use crate::clock;
 use crate::event::{Stream, Time};
 use crate::merge::{Attention, Decision, WaitReason};
@@ -53,8 +54,8 @@ impl Desk {
     }
 
     /// Shows where the job stands: to metrics, to the log when that changes, and to the listener. Now and then.
-    pub fn show(&mut self, core: &Core, version: Option<u64>) {
-        let status = self.status(core, version);
+    pub fn show(&mut self, core: &Core, published: &Published) {
+        let status = self.status(core, published);
         for (index, partition) in status.partitions.iter().enumerate() {
             let (watermark, behind) = (core.merge().watermark(index), partition.behind_seconds);
             let PartitionStatus { stream, name, state, clicks_missing, .. } = partition;
@@ -100,7 +101,7 @@ impl Desk {
         }
     }
 
-    fn status(&self, core: &Core, version: Option<u64>) -> Status {
+    fn status(&self, core: &Core, published: &Published) -> Status {
         let merge = core.merge();
         let furthest = |stream| {
             let all = (0..merge.partitions()).filter(|&index| merge.stream(index) == stream);
@@ -138,7 +139,8 @@ impl Desk {
             recent_ctr: core.recent_ctr(),
             batches: core.place().batches,
             examples: core.place().examples,
-            snapshot_version: version,
+            snapshot_version: published.version.map(|version| version.0),
+            snapshot_held: published.withheld.clone(),
             partitions,
         }
     }
@@ -151,7 +153,7 @@ impl Desk {
 
     /// Does what operators have told the job since the last time. `keep` makes a checkpoint of the last boundary with the
     /// journal of now, and says whether that lasts.
-    pub fn obey(&mut self, core: &mut Core, version: Option<u64>, mut keep: impl FnMut(&Core) -> bool) {
+    pub fn obey(&mut self, core: &mut Core, published: &Published, mut keep: impl FnMut(&Core) -> bool) {
         let Some(control) = self.control.clone() else { return };
         while let Some((command, reply)) = control.next() {
             let done = match &command {
@@ -164,7 +166,7 @@ impl Desk {
                 done
             });
             self.note(None, core);
-            self.show(core, version);
+            self.show(core, published);
             reply(done);
         }
     }

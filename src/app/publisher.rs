@@ -9,6 +9,7 @@ use crate::config::Checked;
 use crate::event::Slot;
 use crate::model;
 use crate::snapshot::codec;
+use crate::snapshot::gate;
 use crate::snapshot::manifest::PartitionPosition;
 use crate::snapshot::publish::Plan;
 use crate::snapshot::retain::retain;
@@ -16,6 +17,7 @@ use crate::snapshot::towers::Towers;
 use crate::snapshot::{self, Facts, Golden, ModelInfo, Outcome, Publisher, Remedy, Store, Vectors, Version, Weights};
 use crate::telemetry::{self, Stage};
 use crate::train::core::Image;
+use crate::train::fresh::{self, Fresh};
 use crate::train::image::{self, Digests};
 use crate::train::progressive;
 
@@ -24,6 +26,24 @@ pub struct Job {
     pub image: Image,
     pub report: progressive::Report,
     pub golden: Vec<Vec<Slot>>,
+    /// Examples since the job before, for the gate.
+    pub fresh: Fresh,
+}
+
+/// A version that the gate did not let pass.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Withheld {
+    pub version: Version,
+    pub reason: String,
+}
+
+/// What has become of versions.
+#[derive(Clone, Debug, Default)]
+pub struct Published {
+    /// The newest version published in this lineage.
+    pub version: Option<Version>,
+    /// A newer one, if the gate held it.
+    pub withheld: Option<Withheld>,
 }
 
 #[derive(Default)]
@@ -31,7 +51,7 @@ struct State {
     slot: Option<Job>,
     busy: bool,
     closed: bool,
-    last: Option<Version>,
+    published: Published,
     /// Publishing is over for good: fenced, or a person is needed.
     stopped: Option<String>,
 }
@@ -74,10 +94,10 @@ impl Handle {
         let store = plan.open()?;
         let publisher = runtime.block_on(Publisher::open(store.clone(), &plan, checked.lineage(), model))?;
         let shared = Arc::new(Shared::default());
-        lock(&shared).last = publisher.newest().map(|(version, _)| version);
+        lock(&shared).published.version = publisher.newest().map(|(version, _)| version);
         let (ours, window) = (Arc::clone(&shared), checked.join.window);
-        let model = checked.model.clone();
-        let worker = Worker { publisher, store, plan, runtime, model, window, swept: None };
+        let (model, gate) = (checked.model.clone(), checked.gate.clone());
+        let worker = Worker { publisher, store, plan, runtime, model, gate, report: None, window, swept: None };
         let body = move || worker.run(&ours);
         let thread = thread::Builder::new().name("publish".into()).spawn(body)?;
         Ok(Self { shared, thread: Some(thread) })
@@ -101,10 +121,10 @@ impl Handle {
         state.busy || state.slot.is_some()
     }
 
-    /// The newest version published in this lineage.
+    /// What has become of versions.
     #[must_use]
-    pub fn last(&self) -> Option<Version> {
-        lock(&self.shared).last
+    pub fn published(&self) -> Published {
+        lock(&self.shared).published.clone()
     }
 
     /// Waits until the slot is empty and the thread has ended.
@@ -113,7 +133,7 @@ impl Handle {
         let state = lock(&self.shared);
         match &state.stopped {
             Some(why) => Err(Error::Stopped(why.clone())),
-            None => Ok(state.last),
+            None => Ok(state.published.version),
         }
     }
 
@@ -151,6 +171,9 @@ struct Worker {
     plan: Plan,
     runtime: tokio::runtime::Runtime,
     model: model::Checked,
+    gate: Option<gate::Rules>,
+    /// What it said of the last candidate.
+    report: Option<gate::Report>,
     /// Attribution window, ms.
     window: i64,
     /// When versions that are no longer needed were last removed.
@@ -174,12 +197,22 @@ impl Worker {
                 }
             };
             let result = self.publish(&job);
-            let published = matches!(result, Ok(Outcome::Published(_)));
+            let published = matches!(result, Ok(Outcome::Published(_) | Outcome::Held(_)));
             let mut state = lock(shared);
             state.busy = false;
             match result {
+                Ok(Outcome::Held(version)) => {
+                    let reason = self.report.take().and_then(|report| report.reason).unwrap_or_default();
+                    telemetry::snapshot_held();
+                    tracing::error!(
+                        version = version.0,
+                        reason,
+                        "a version was held; what was published before goes on serving (`tidemill snapshots promote` names it all the same)"
+                    );
+                    state.published.withheld = Some(Withheld { version, reason });
+                }
                 Ok(Outcome::Published(version)) => {
-                    state.last = Some(version);
+                    state.published = Published { version: Some(version), withheld: None };
                     telemetry::published(version.0);
                     if let Some(frontier) = job.image.place.frontier {
                         telemetry::reached(Stage::Published, frontier.time, clock::now());
@@ -218,6 +251,30 @@ impl Worker {
         }
     }
 
+    /// What the gate says of a candidate.
+    fn judge(&mut self, fresh: &Fresh) -> Option<gate::Report> {
+        let rules = self.gate.as_ref()?;
+        let before = match self.runtime.block_on(self.publisher.before()) {
+            Ok(Some(before)) => before,
+            Ok(None) => return Some(gate::form_only("there is no version before it that encodes alike")),
+            Err(error) => {
+                tracing::warn!(error = %chain(&error), "the version that serves cannot be loaded to be compared with");
+                return Some(gate::form_only("the version before it could not be loaded"));
+            }
+        };
+        let unseen = |(item, _): &(&fresh::Item, &[Slot])| before.frontier.is_none_or(|seen| item.time > seen);
+        let pair = |(item, slots): (&fresh::Item, &[Slot])| gate::Pair {
+            candidate: item.logit,
+            before: before.weights.logit(slots),
+            positive: item.positive,
+            weight: item.weight,
+        };
+        let report = gate::judge(rules, &fresh.iter().filter(unseen).map(pair).collect::<Vec<_>>());
+        let served = &report.as_served;
+        telemetry::as_served(served.logloss, served.auc, served.calibration);
+        Some(report)
+    }
+
     fn publish(&mut self, job: &Job) -> snapshot::Result<Outcome> {
         let image = &job.image;
         let model = image.model.sorted();
@@ -228,9 +285,15 @@ impl Worker {
         let weights = Arc::new(weights);
         let mut facts = facts(job, digests);
         facts.counts.extend(tables);
+        self.report = self.judge(&job.fresh);
         let mut wait = Duration::from_millis(200);
         for attempt in 1.. {
-            match self.runtime.block_on(self.publisher.publish(Arc::clone(&weights), facts.clone(), &golden)) {
+            match self.runtime.block_on(self.publisher.publish(
+                Arc::clone(&weights),
+                facts.clone(),
+                &golden,
+                self.report.clone(),
+            )) {
                 Err(error) if error.remedy() == Remedy::Retry && attempt < TRIES => {
                     tracing::warn!(error = %chain(&error), attempt, "publishing failed, trying again");
                     thread::sleep(wait);

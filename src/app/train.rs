@@ -11,7 +11,7 @@ pub use super::job::{Error, Options, Until};
 use super::keeper::Keeper;
 use super::operator::Desk;
 use super::predictions::Predictions;
-use super::publisher::{Handle, Job};
+use super::publisher::{Handle, Job, Published};
 pub use super::summary::Summary;
 use super::summary::{Run, summary};
 use crate::batch::Cutter;
@@ -24,6 +24,7 @@ use crate::merge::{self, Key, Merge, PartitionPosition, WaitReason};
 use crate::telemetry::{self, Stage};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::core::{Advance, Core, Sampling};
+use crate::train::fresh::Fresh;
 use crate::train::image::{self, FORMAT, Head};
 use crate::train::progressive::Progressive;
 
@@ -111,6 +112,9 @@ pub fn run(
         model,
         measured,
     );
+    if let (Some(_), Some(gate)) = (&publisher, &checked.gate) {
+        core.fresh = Fresh::new(gate.examples());
+    }
     let known: Vec<PartitionPosition> = restored.as_ref().map(|r| r.partitions.clone()).unwrap_or_default();
     let first_impression = restored.as_ref().map_or(0, |r| r.counts.impressions);
     if let Some(restored) = restored {
@@ -196,12 +200,12 @@ pub fn run(
             break false;
         }
         if desk.is_told() {
-            let version = job.version();
-            desk.obey(&mut core, version, |core| job.lasts(core, predictions.as_mut(), &mut dead));
+            let published = job.published();
+            desk.obey(&mut core, &published, |core| job.lasts(core, predictions.as_mut(), &mut dead));
         }
         if shown.elapsed() > Duration::from_secs(1) {
             shown = Instant::now();
-            desk.show(&core, job.version());
+            desk.show(&core, &job.published());
             if let Some(frontier) = core.place().frontier {
                 let (counts, waiting) = core.join().settled();
                 telemetry::boundary(counts, &core.merge().counts(), waiting, frontier.time, core.place().batches);
@@ -222,14 +226,14 @@ pub fn run(
                 impressions_waiting: core.impressions_waiting(),
                 logloss: report.cumulative.logloss,
                 auc: report.cumulative.auc,
-                version: job.version(),
+                version: job.published().version.map(|version| version.0),
             });
         }
     };
     let seconds = learning.elapsed().as_secs_f64();
     drain(&mut core, predictions.as_mut(), &mut dead)?;
 
-    let version = job.finish(&core, predictions.as_mut(), &mut dead)?;
+    let version = job.finish(&mut core, predictions.as_mut(), &mut dead)?;
     input.commit(&durable);
     drop(input);
     if let Some(jumped) = jumped {
@@ -364,19 +368,19 @@ impl Running<'_> {
             let least = self.checked.config.publish.min_interval;
             if self.last_publish.is_none_or(|last| last.elapsed() >= least) && !publisher.busy() {
                 self.last_publish = Some(Instant::now());
-                publisher.offer(self.job(core))?;
+                publisher.offer(Self::job(core))?;
             }
         }
         Ok(())
     }
 
-    /// The newest version published in this lineage.
-    fn version(&self) -> Option<u64> {
-        self.publisher.as_ref().and_then(Handle::last).map(|version| version.0)
+    fn published(&self) -> Published {
+        self.publisher.as_ref().map(Handle::published).unwrap_or_default()
     }
 
-    fn job(&self, core: &Core) -> Job {
-        Job { image: core.image(), report: core.progress.report(), golden: core.golden() }
+    fn job(core: &mut Core) -> Job {
+        let (image, report, golden) = (core.image(), core.progress.report(), core.golden());
+        Job { image, report, golden, fresh: core.fresh.take() }
     }
 
     /// Writes a checkpoint of the last boundary and waits for it.
@@ -409,14 +413,14 @@ impl Running<'_> {
     /// The last checkpoint and the last snapshot. Both are tried before an error of either is returned.
     fn finish(
         mut self,
-        core: &Core,
+        core: &mut Core,
         predictions: Option<&mut Predictions>,
         dead: &mut DeadLetters,
     ) -> Result<Option<u64>, Error> {
         let mut kept = std::mem::replace(&mut self.kept, Ok(()));
         if core.place().frontier.is_some() {
             if let Some(publisher) = &self.publisher {
-                publisher.offer(self.job(core))?;
+                publisher.offer(Self::job(core))?;
             }
             if self.frozen {
                 dead.flush()?;

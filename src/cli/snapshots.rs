@@ -212,6 +212,26 @@ async fn show(store: &Store, version: Option<Version>, place: &Where, out: &mut 
             line("metric", &format_args!("{name} {value}"))?;
         }
     }
+    if let Some(gate) = &manifest.gate {
+        let verdict = serde_json::to_value(gate.verdict)?;
+        let reason = gate.reason.as_ref().map_or(String::new(), |reason| format!(": {reason}"));
+        line("gate", &format_args!("{}{reason}", verdict.as_str().unwrap_or("?")))?;
+        let figures = [("candidate", &gate.candidate), ("as served", &gate.as_served)];
+        for (name, figures) in figures.into_iter().filter(|_| gate.examples > 0) {
+            let or_dash = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.5}"));
+            let (loss, auc, calibration) = (figures.logloss, figures.auc, figures.calibration);
+            line(
+                "gate",
+                &format_args!(
+                    "{name}: logloss {}, auc {}, calibration {} on {} examples",
+                    or_dash(loss),
+                    or_dash(auc),
+                    or_dash(calibration),
+                    gate.examples
+                ),
+            )?;
+        }
+    }
     line("journal", &format_args!("{} entries", facts.journal.len()))?;
     line("golden vectors", &manifest.golden.len())?;
     line("model digest", &facts.model_digest)?;
@@ -315,8 +335,8 @@ mod tests {
         runtime.block_on(async {
             let model = ModelInfo { kind: "logistic".to_owned(), ..ModelInfo::default() };
             let mut publisher = Publisher::open(plan.open().unwrap(), &plan, "main", model).await.unwrap();
-            publisher.publish(std::sync::Arc::new(weights.clone()), facts(7), &golden).await.unwrap();
-            publisher.publish(std::sync::Arc::new(weights.clone()), facts(8), &golden).await.unwrap();
+            publisher.publish(std::sync::Arc::new(weights.clone()), facts(7), &golden, None).await.unwrap();
+            publisher.publish(std::sync::Arc::new(weights.clone()), facts(8), &golden, None).await.unwrap();
         });
     }
 

@@ -6,6 +6,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::codec::{self, Digest};
+use super::gate;
 use super::vectors::Precision;
 use crate::event::{Slot, Stream, Time};
 
@@ -69,6 +70,8 @@ pub struct Manifest {
     /// Largest distance that rounding put between a golden logit and that of the f32 rows. 0 with f32.
     pub rounding: f32,
     pub facts: Facts,
+    /// How the gate judged it; none where there is no gate.
+    pub gate: Option<gate::Report>,
     pub model: ModelInfo,
     pub build: Build,
     /// Examples with the logits that these weights give. A reader that computes others must not serve.
@@ -302,6 +305,7 @@ pub(super) mod tests {
             precision: Precision::F32,
             rounding: 0.0,
             facts: Facts::default(),
+            gate: None,
             model: ModelInfo::default(),
             build: Build::this(),
             golden: vec![Golden::new(&[Slot { row: u64::MAX, value: 0.1, feature: 3, flags: 0 }], -1.5e-8)],

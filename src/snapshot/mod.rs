@@ -1,12 +1,13 @@
 //! Versioned weights in a store: published so that readers see all of a version or none of it.
 //!
 //! [`codec`] turns arrays into canonical bytes, [`manifest`] says what a version holds, [`weights`] and [`towers`] are the model as it
-//! travels, [`delta`] is what one version changes in another, [`decide`] holds the rules (pure), [`store`] talks to the store, [`publish`],
+//! travels, [`delta`] is what one version changes in another, [`decide`] and [`gate`] hold the rules (pure), [`store`] talks to the store, [`publish`],
 //! [`load`] and [`retain`] use it. The
 //! format and the protocol are written down in `docs/snapshot-format.md`.
 pub mod codec;
 pub mod decide;
 pub mod delta;
+pub mod gate;
 pub mod load;
 pub mod manifest;
 pub mod publish;
@@ -34,6 +35,8 @@ pub enum Error {
     Address { url: String, reason: String },
     #[error("`snapshots.{key}` is `{value}`: {expected}")]
     Setting { key: &'static str, value: String, expected: &'static str },
+    #[error("`gate.{key}` is {value}, expected {expected}")]
+    Gate { key: &'static str, value: String, expected: &'static str },
     #[error("`{key}` is damaged or foreign: {reason}")]
     Corrupt { key: String, reason: &'static str, source: codec::Error },
     #[error(
@@ -69,7 +72,7 @@ impl Error {
     #[must_use]
     pub fn remedy(&self) -> Remedy {
         match self {
-            Self::Address { .. } | Self::Setting { .. } | Self::Collision { .. } => Remedy::Stop,
+            Self::Address { .. } | Self::Setting { .. } | Self::Gate { .. } | Self::Collision { .. } => Remedy::Stop,
             // Without its entry nobody knows what the channel says or who may write it.
             Self::Corrupt { key, .. } if key.starts_with("channels/") => Remedy::Stop,
             Self::Corrupt { .. } | Self::Missing { .. } | Self::Content { .. } | Self::Unfit(_) => Remedy::SkipVersion,

@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 use super::codec::{self, Digest, Encoded};
 use super::decide::{self, Standing, Writer};
 use super::delta::Delta;
+use super::gate;
+use super::load::Snapshot;
 use super::manifest::{
     Build, DELTA_FORMAT, Document, Entry, Epoch, Facts, Golden, Kind, Link, MANIFEST_FORMAT, Manifest, ModelInfo,
     ObjectRef, PAYLOAD_FORMAT, Version,
@@ -18,6 +20,7 @@ use super::vectors::Precision;
 use super::weights::{self, Weights};
 use super::{Error, Result};
 use crate::clock;
+use crate::event::Time;
 
 /// Where snapshots go, and how long they stay.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -106,6 +109,8 @@ pub fn check_channel(name: &str) -> Result<()> {
 pub enum Outcome {
     /// The channel names this version.
     Published(Version),
+    /// The gate held this version: it is in the store, and the channel that ends in `-held` names it.
+    Held(Version),
     /// Another trainer took the channel. This one must not publish any more.
     Fenced { by: Epoch },
     /// The lineage has published this batch or a later one: a trainer that goes over its log again after a crash waits
@@ -133,6 +138,16 @@ pub struct Publisher {
     deltas: u32,
     /// What was published last, by this process: the next delta changes it.
     base: Option<Base>,
+    /// What the channel named when this process began, if it encodes alike.
+    taken_over: Option<(Version, Option<Before>)>,
+}
+
+/// A version that a new one is compared with.
+#[derive(Clone, Debug)]
+pub struct Before {
+    pub weights: Arc<Weights>,
+    /// Examples up to this place in the order may have been learned by it; to compare on them would be unfair.
+    pub frontier: Option<Time>,
 }
 
 /// A version that this process published.
@@ -143,6 +158,7 @@ struct Base {
     digest: Digest,
     /// As they were published.
     weights: Arc<Weights>,
+    frontier: Option<Time>,
     /// The full at the start of its chain, the deltas since, and their bytes.
     full: Version,
     number: u32,
@@ -175,6 +191,7 @@ impl Publisher {
             precision: plan.precision,
             deltas: plan.deltas,
             base: None,
+            taken_over: None,
         };
         publisher.see(&entry).await?;
         publisher.survey().await?;
@@ -199,7 +216,13 @@ impl Publisher {
     ///
     /// After an error the store is as before or holds objects that nothing names; the call may be repeated, with these or
     /// newer weights. A version whose manifest was written and whose entry was not is not used again.
-    pub async fn publish(&mut self, exact: Arc<Weights>, facts: Facts, golden: &[Golden]) -> Result<Outcome> {
+    pub async fn publish(
+        &mut self,
+        exact: Arc<Weights>,
+        facts: Facts,
+        golden: &[Golden],
+        gate: Option<gate::Report>,
+    ) -> Result<Outcome> {
         if let Some(by) = self.catch_up().await? {
             return Ok(Outcome::Fenced { by });
         }
@@ -223,6 +246,8 @@ impl Publisher {
             None => (full, None),
         };
         let (object, reused) = self.put_payload(&encoded).await?;
+        let frontier = facts.frontier_time;
+        let held = gate.as_ref().is_some_and(|report| report.verdict == gate::Verdict::Held);
         let manifest = Manifest {
             format: MANIFEST_FORMAT.to_owned(),
             version: self.next,
@@ -238,6 +263,7 @@ impl Publisher {
             precision: self.precision,
             rounding,
             facts,
+            gate,
             model: self.model.clone(),
             build: Build::this(),
             golden,
@@ -247,23 +273,52 @@ impl Publisher {
         if reused && !self.store.exists(&object.name).await? {
             self.put_payload(&encoded).await?;
         }
+        if held {
+            self.name_held(version).await?;
+            return Ok(Outcome::Held(version));
+        }
         let outcome = self.put_entry(version, batch).await?;
         if outcome == Outcome::Published(version) {
+            self.taken_over = None;
             self.base = Some(match (link, self.base.take()) {
                 (Some(link), Some(base)) => {
                     let bytes = base.bytes + object.length;
-                    Base { version, digest, weights, full: link.full, number: link.number, bytes }
+                    Base { version, digest, weights, frontier, full: link.full, number: link.number, bytes }
                 }
-                _ => Base { version, digest, weights, full: version, number: 0, bytes: 0 },
+                _ => Base { version, digest, weights, frontier, full: version, number: 0, bytes: 0 },
             });
         }
         Ok(outcome)
     }
 
-    /// The batch of the last version that this process published.
-    #[must_use]
-    pub fn published_batch(&self) -> Option<u64> {
-        self.base.as_ref().and(self.newest).map(|(_, batch)| batch)
+    /// What a new version is to be compared with: the last one that this process published, or else what the channel names,
+    /// if that encodes alike.
+    pub async fn before(&mut self) -> Result<Option<Before>> {
+        if let Some(Base { weights, frontier, .. }) = &self.base {
+            return Ok(Some(Before { weights: Arc::clone(weights), frontier: *frontier }));
+        }
+        let Some((version, _)) = self.live else { return Ok(None) };
+        if self.taken_over.as_ref().is_none_or(|(taken, _)| *taken != version) {
+            let Snapshot { manifest, weights, .. } = self.store.load(version).await?;
+            let alike = manifest.model.schema_hash == self.model.schema_hash;
+            let before = Before { weights: Arc::new(weights), frontier: manifest.facts.frontier_time };
+            self.taken_over = Some((version, alike.then_some(before)));
+        }
+        Ok(self.taken_over.as_ref().and_then(|(_, before)| before.clone()))
+    }
+
+    /// Names a version that was held in a channel of its own: so retention keeps it, and a person finds it.
+    async fn name_held(&self, version: Version) -> Result<()> {
+        let channel = format!("{}-held", self.writer.channel);
+        let writer = Writer { channel: channel.clone(), ..self.writer.clone() };
+        loop {
+            let last = self.store.latest(&channel).await?.map_or(0, |entry| entry.number);
+            let entry = decide::next_entry(last, &writer, Some(version), clock::now());
+            let key = entry_key(&channel, entry.number);
+            if self.store.create_only(&key, &[sealed(&key, &entry)?]).await? == Created::Ours {
+                return Ok(());
+            }
+        }
     }
 
     /// The largest distance between the logits of what is published and those of the live model.

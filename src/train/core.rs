@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::fresh::Fresh;
 use super::progressive::Progressive;
 use crate::batch::Cutter;
 use crate::event::{Chunk, Example, Kind, Slot, Stream, Time};
@@ -174,6 +175,8 @@ pub struct Core {
     predictions: Vec<Prediction>,
     quarantined: Vec<Quarantined>,
     golden: VecDeque<Vec<Slot>>,
+    /// A sample of what was learned since it was taken last.
+    pub fresh: Fresh,
 }
 
 /// What the fuse must know of the open batch.
@@ -224,6 +227,7 @@ impl Core {
             predictions: Vec::new(),
             quarantined: Vec::new(),
             golden: VecDeque::new(),
+            fresh: Fresh::default(),
         }
     }
 
@@ -537,6 +541,7 @@ impl Core {
             let (first, last) = range.unwrap_or((item.event_time, item.event_time));
             range = Some((first.min(item.event_time), last.max(item.event_time)));
             self.progress.observe(outcome, example);
+            self.fresh.see(example, outcome);
             if self.keep_predictions {
                 let id = &self.text[item.text_start as usize..][..item.text_len as usize];
                 let id = String::from_utf8_lossy(id).into_owned();
