@@ -27,7 +27,7 @@ CASES = [
     {"rule": "row_wise", "dense": "adagrad", "normalize": True, "layer_norm": False, "activation": "tanh"},
     {"rule": "element_wise", "dense": "adagrad", "normalize": True, "layer_norm": True, "activation": "relu"},
 ]
-DIM, LAYERS, CLIP = 4, [6, 3], 2.0
+DIM, LAYERS, CLIP, BATCH = 4, [6, 3], 2.0, 30
 
 
 def example(chance, known):
@@ -96,7 +96,7 @@ def run(case, seed):
     logistic, intercept = {}, [START, 0.0]
     batches = []
     for _ in range(5):
-        drawn = [example(chance, known) for _ in range(30)]
+        drawn = [example(chance, known) for _ in range(BATCH)]
         # Rows that were there before the batch answer for themselves, others by their feature's default row. New rows begin at 0 here:
         # the fixture sets `initial = 0`.
         there = set(table)
@@ -162,7 +162,7 @@ def run(case, seed):
         "settings": {
             "dim": DIM, "layers": LAYERS, "activation": case["activation"], "layer_norm": case["layer_norm"], "normalize": case["normalize"],
             "embeddings": {"rule": case["rule"], "rate": rows_rate, "n0": rows_n0, "clip": CLIP, "initial": 0.0},
-            "dense": {"rule": case["dense"], "rate": rate, "warm_up": warm, "clip": CLIP},
+            "dense": {"rule": case["dense"], "rate": rate, "examples": BATCH, "warm_up": warm, "clip": CLIP},
         },
         "default_rows": [f"{row:016x}" for row in defaults],
         "before": made,

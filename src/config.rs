@@ -185,6 +185,17 @@ pub enum ModelKind {
     TwoTower,
 }
 
+impl ModelKind {
+    /// As it is written.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Logistic => "logistic",
+            Self::TwoTower => "two_tower",
+        }
+    }
+}
+
 /// `[model]`
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -197,15 +208,6 @@ pub struct ModelSettings {
 }
 
 impl ModelSettings {
-    /// As the kind is written.
-    #[must_use]
-    pub fn kind_name(&self) -> &'static str {
-        match self.kind {
-            ModelKind::Logistic => "logistic",
-            ModelKind::TwoTower => "two_tower",
-        }
-    }
-
     /// What the model depends on, as JSON: the settings of its kind and no others.
     #[must_use]
     pub fn in_use(&self) -> String {
@@ -557,7 +559,10 @@ impl Checked {
         binding.insert("sampling.negatives".into(), config.sampling.negatives.to_string());
         binding.insert("job.seed".into(), config.job.seed.to_string());
         binding.insert("metrics.window".into(), format!("{:?}", config.metrics.window));
-        binding.insert("model".into(), config.model.in_use());
+        // Where towers are computed decides no more than last bits.
+        let mut model = config.model.clone();
+        model.two_tower.device = two_tower::Settings::default().device;
+        binding.insert("model".into(), model.in_use());
         binding.insert("features".into(), self.schema.hash());
         binding
     }
@@ -567,6 +572,13 @@ impl Checked {
     pub fn lineage(&self) -> String {
         let text = serde_json::to_string(&(&self.config.job.name, &self.binding)).expect("settings are plain data");
         format!("{:016x}", xxhash_rust::xxh3::xxh3_64(text.as_bytes()))
+    }
+
+    /// Where towers are computed, if there are any and it is not the CPU.
+    #[must_use]
+    pub fn device(&self) -> Option<&str> {
+        let towers = self.model.towers.as_ref()?;
+        (towers.settings.device != "cpu").then_some(&towers.settings.device)
     }
 
     #[must_use]

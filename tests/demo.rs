@@ -68,6 +68,20 @@ fn a_live_stream_is_learned_published_served_and_asked_for_without_a_failure() {
 }
 
 #[test]
+fn two_towers_keep_the_same_promises() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path().join("demo");
+    let report = demo(&["--model", "two_tower", "--seconds", "15", "--rate", "1500", "--dir", dir.to_str().unwrap()]);
+    assert_eq!(report["last"]["model"], "two_tower");
+    assert!(report["promises"].as_array().unwrap().iter().all(|promise| promise["kept"] == true));
+    // Vectors were learned, published and scored with: every answer was compared with what its version says.
+    assert!(report["training"]["tables"]["embedding"]["rows"].as_u64().unwrap() > 1000, "{}", report["training"]);
+    assert!(report["answers_compared"].as_u64().unwrap() > 0);
+    let config = std::fs::read_to_string(dir.join("demo.toml")).unwrap();
+    assert!(config.contains("kind = \"two_tower\""), "its directory is a job of the same model");
+}
+
+#[test]
 fn real_files_are_replayed_through_the_same_loop() {
     let report = demo(&["--seconds", "15", "--data", "tests/data/obd", "-c", "configs/obd.toml"]);
     assert!(report["training"]["examples"].as_u64().unwrap() > 30_000);

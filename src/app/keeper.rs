@@ -45,6 +45,7 @@ impl Keeper {
             job: checked.config.job.name.clone(),
             lineage: checked.lineage(),
             binding: checked.binding.clone(),
+            build: build(checked),
             segments: HashMap::new(),
             durable: Durable::default(),
         };
@@ -104,9 +105,19 @@ struct Writer {
     job: String,
     lineage: String,
     binding: BTreeMap<String, String>,
+    /// What the model is computed with.
+    build: String,
     /// Segments of seen ids that the last checkpoint holds: by (start, ids), since a closed segment never changes.
     segments: HashMap<(Time, usize), SegmentRef>,
     durable: Durable,
+}
+
+/// The version, the machine's kind, and the device of the towers where that is not the CPU: all that weights' last bits may
+/// depend on.
+fn build(checked: &Checked) -> String {
+    let Build { crate_version, target } = Build::this();
+    let device = checked.device().map_or(String::new(), |device| format!(", towers on {device}"));
+    format!("{crate_version} {target}{device}")
 }
 
 impl Writer {
@@ -145,13 +156,12 @@ impl Writer {
         }
         self.segments = segments;
         let model = image.model.sorted();
-        let build = Build::this();
         let head = Head {
             format: FORMAT,
             job: self.job.clone(),
             lineage: self.lineage.clone(),
             binding: self.binding.clone(),
-            build: format!("{} {}", build.crate_version, build.target),
+            build: self.build.clone(),
             place: image.place.clone(),
             partitions: image.partitions.clone(),
             journal: image.journal.clone(),

@@ -85,7 +85,7 @@ impl Handle {
         let plan = settings.check()?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let model = ModelInfo {
-            kind: checked.config.model.kind_name().to_owned(),
+            kind: checked.config.model.kind.name().to_owned(),
             // By way of text, which keeps an f32 as short as it is.
             config: serde_json::from_str(&checked.config.model.in_use()).expect("plain data"),
             schema: serde_json::from_str(&checked.schema.to_json()).expect("the schema writes JSON"),

@@ -12,7 +12,7 @@ use humantime_serde::re::humantime;
 
 use crate::app::demo::{self, Figures, Input, Options, Phase, Report, View, thousands};
 use crate::app::recorder;
-use crate::config::Config;
+use crate::config::{Config, ModelKind};
 
 /// Demo: watch impressions and clicks become a fresh model that answers requests
 ///
@@ -34,6 +34,9 @@ pub struct Demo {
     /// Seed of the generated stream: who likes what.
     #[arg(long, default_value_t = 1, conflicts_with = "data")]
     pub seed: u64,
+    /// Model that learns the generated stream: logistic or two_tower. With --data the config says it.
+    #[arg(long, default_value = "logistic", value_parser = model, conflicts_with = "data")]
+    pub model: ModelKind,
     /// Directory with files impressions* and clicks* (.jsonl, .jsonl.gz, .jsonl.zst) to replay instead.
     #[arg(long, value_name = "DIR", requires = "config")]
     pub data: Option<PathBuf>,
@@ -66,6 +69,11 @@ pub struct Demo {
     /// Show nothing, and print one JSON object at the end.
     #[arg(long)]
     pub json: bool,
+}
+
+fn model(text: &str) -> Result<ModelKind, String> {
+    let kinds = [ModelKind::Logistic, ModelKind::TwoTower];
+    kinds.into_iter().find(|kind| kind.name() == text).ok_or_else(|| "expected logistic or two_tower".to_owned())
 }
 
 fn positive(text: &str) -> Result<f64, String> {
@@ -121,7 +129,10 @@ impl Demo {
                 config: Box::new(Config::load(config, &self.set)?),
                 speed: self.speed,
             },
-            _ => Input::Generated { rate: self.rate, history: *self.history, seed: self.seed },
+            _ => {
+                let Self { rate, history, seed, model, .. } = *self;
+                Input::Generated { rate, history: *history, seed, model }
+            }
         };
         let length = Duration::from_secs(self.seconds);
         let (kafka, requests, candidates) = (self.kafka.clone(), self.requests, self.candidates as usize);
@@ -316,7 +327,7 @@ fn panel(v: &View, width: usize, paint: Paint) -> Vec<String> {
         Phase::Verifying => "verifying every version that answered".to_owned(),
         Phase::Done => "done".to_owned(),
     };
-    let title = "tidemill demo";
+    let title = if v.model == ModelKind::TwoTower.name() { "tidemill demo: two towers" } else { "tidemill demo" };
     let room = width.saturating_sub(title.len() + phase.chars().count() + v.url.len() + 8);
     let mut lines = vec![
         format!(" {}   {phase}   {}{}", paint.bold(title), " ".repeat(room), paint.cyan(&v.url)),
@@ -631,6 +642,7 @@ mod tests {
             dir: "/tmp/tidemill-demo-abcdef".into(),
             url: "http://127.0.0.1:65535".into(),
             generated: true,
+            model: ModelKind::Logistic.name(),
             kafka: None,
             speed: 1.0,
             impressions_written: 999_999,

@@ -21,9 +21,12 @@ pub enum DenseRule {
 pub struct DenseSettings {
     /// `adam` or `adagrad`. Default `adam`.
     pub rule: DenseRule,
-    /// Learning rate, behind the warm-up. Above 0, at most 1. Default 0.001.
+    /// Learning rate, behind the warm-up, of a batch of `examples`. Above 0, at most 1. Default 0.001.
     pub rate: f64,
-    /// Steps in which the rate rises from 0 to `rate`, evenly; 0: none. Default 500.
+    /// Examples of a whole step. A batch of `n` is `n / examples` of one: so far goes the rate, and so much does Adam forget.
+    /// At least 1. Default 512.
+    pub examples: u64,
+    /// Whole steps in which the rate rises from 0 to `rate`, evenly; 0: none. Default 500.
     pub warm_up: u64,
     /// Longest gradient (Euclidean, summed over the batch); a longer one is shortened to it. Above 0. Default 10.
     pub clip: f64,
@@ -31,7 +34,7 @@ pub struct DenseSettings {
 
 impl Default for DenseSettings {
     fn default() -> Self {
-        Self { rule: DenseRule::Adam, rate: 1e-3, warm_up: 500, clip: 10.0 }
+        Self { rule: DenseRule::Adam, rate: 1e-3, examples: 512, warm_up: 500, clip: 10.0 }
     }
 }
 
@@ -40,6 +43,9 @@ impl DenseSettings {
         let refuse = |key, expected, got: f64| Err(Error::Setting { key, expected, got: got.to_string() });
         if !(self.rate > 0.0 && self.rate <= 1.0) {
             return refuse("two_tower.dense.rate", "above 0 and at most 1", self.rate);
+        }
+        if self.examples == 0 {
+            return refuse("two_tower.dense.examples", "at least 1", 0.0);
         }
         if !(self.clip > 0.0 && self.clip <= 1e12) {
             return refuse("two_tower.dense.clip", "above 0 and at most 1e12", self.clip);
@@ -51,18 +57,18 @@ impl DenseSettings {
 /// What a checkpoint holds of the optimizer.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct DenseState {
-    /// Steps taken.
-    pub steps: u64,
-    /// Adam: running mean of the gradient. Empty under AdaGrad.
+    /// Examples learned from.
+    pub examples: u64,
+    /// Adam: running mean of the gradient of a whole step. Empty under AdaGrad.
     pub mean: Vec<f32>,
-    /// Adam: running mean of its square. AdaGrad: sum of its square.
+    /// Adam: running mean of its square. AdaGrad: sum of the square of each batch's.
     pub square: Vec<f32>,
 }
 
 impl DenseState {
     #[must_use]
     pub fn new(rule: DenseRule, len: usize) -> Self {
-        Self { steps: 0, mean: vec![0.0; if rule == DenseRule::Adam { len } else { 0 }], square: vec![0.0; len] }
+        Self { examples: 0, mean: vec![0.0; if rule == DenseRule::Adam { len } else { 0 }], square: vec![0.0; len] }
     }
 }
 
@@ -76,31 +82,50 @@ pub(super) fn length(values: &[f32]) -> f64 {
     values.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>().sqrt()
 }
 
-/// One step of `params` against `gradient`. A gradient that is not finite moves nothing; returns whether it did.
-pub fn step(settings: &DenseSettings, state: &mut DenseState, params: &mut [f32], gradient: &[f32]) -> bool {
+/// One step of `params` against `gradient`, the sum over `examples`. A gradient that is not finite moves nothing; returns
+/// whether it was.
+///
+/// Adam takes the step of `n` examples so that `n / N` of them come to the step of `N` at once where gradients are mostly
+/// noise: the mean is of `g * N / n`, the mean of squares of `g^2 * N / n`, both forget by powers of `n / N`, and the rate is
+/// `n / N` of its own. With plain Adam the rate of an *example* would grow as batches shrink: a stream with little traffic
+/// would be learned from at 20 times the rate of a busy one.
+pub fn step(
+    settings: &DenseSettings,
+    state: &mut DenseState,
+    params: &mut [f32],
+    gradient: &[f32],
+    examples: usize,
+) -> bool {
     let long = length(gradient);
     if !long.is_finite() {
         return false;
     }
-    state.steps += 1;
-    let share = if long > settings.clip { (settings.clip / long) as f32 } else { 1.0 };
-    let warm = if state.steps < settings.warm_up { state.steps as f64 / settings.warm_up as f64 } else { 1.0 };
-    let rate = settings.rate * warm;
+    if examples == 0 {
+        return true;
+    }
+    state.examples += examples as u64;
+    let whole = settings.examples as f64;
+    let (part, steps) = (examples as f64 / whole, state.examples as f64 / whole);
+    let share = if long > settings.clip { settings.clip / long } else { 1.0 };
+    let warm_up = settings.warm_up as f64;
+    let rate = settings.rate * if steps < warm_up { steps / warm_up } else { 1.0 };
     match settings.rule {
         DenseRule::Adam => {
-            let (b1, b2) = (FORGET_MEAN as f32, FORGET_SQUARE as f32);
-            let mean_bias = 1.0 - libm::pow(FORGET_MEAN, state.steps as f64);
-            let square_bias = (1.0 - libm::pow(FORGET_SQUARE, state.steps as f64)).sqrt();
-            let (rate, unbias) = ((rate / mean_bias) as f32, (1.0 / square_bias) as f32);
+            // Not 1 less a rounded power, which for a small part is close to 1.
+            let news = |forget: f64, of: f64| 1.0 - libm::pow(forget, of);
+            let (mean_news, square_news) = (news(FORGET_MEAN, part) as f32, news(FORGET_SQUARE, part) as f32);
+            let rate = (rate * part / news(FORGET_MEAN, steps)) as f32;
+            let unbias = (1.0 / news(FORGET_SQUARE, steps).sqrt()) as f32;
+            let (of_mean, of_square) = ((share / part) as f32, (share / part.sqrt()) as f32);
             for (((p, &g), m), v) in params.iter_mut().zip(gradient).zip(&mut state.mean).zip(&mut state.square) {
-                let g = g * share;
-                *m = b1 * *m + (1.0 - b1) * g;
-                *v = b2 * *v + (1.0 - b2) * g * g;
+                let root = g * of_square;
+                *m += mean_news * (g * of_mean - *m);
+                *v += square_news * (root * root - *v);
                 *p = (*p - rate * *m / (v.sqrt() * unbias + 1e-8)).clamp(-LARGEST, LARGEST);
             }
         }
         DenseRule::Adagrad => {
-            let rate = rate as f32;
+            let (rate, share) = (rate as f32, share as f32);
             for ((p, &g), sum) in params.iter_mut().zip(gradient).zip(&mut state.square) {
                 let g = g * share;
                 *sum += g * g;
@@ -113,6 +138,9 @@ pub fn step(settings: &DenseSettings, state: &mut DenseState, params: &mut [f32]
 
 #[cfg(test)]
 mod tests {
+    use rand_pcg::Pcg64Mcg;
+    use rand_pcg::rand_core::{Rng, SeedableRng};
+
     use super::*;
 
     /// The rules as their papers have them, in f64.
@@ -142,10 +170,10 @@ mod tests {
         let gradients: Vec<f64> =
             (0..40).map(|i| libm::sin(f64::from(i)) * if i == 7 { 900.0 } else { 1.0 } + 0.3).collect();
         for rule in [DenseRule::Adam, DenseRule::Adagrad] {
-            let settings = DenseSettings { rule, rate: 0.02, warm_up: 12, clip: 3.0 };
+            let settings = DenseSettings { rule, rate: 0.02, examples: 7, warm_up: 12, clip: 3.0 };
             let (mut state, mut p) = (DenseState::new(rule, 1), [0.5f32]);
             for &g in &gradients {
-                assert!(step(&settings, &mut state, &mut p, &[g as f32]));
+                assert!(step(&settings, &mut state, &mut p, &[g as f32], 7));
             }
             let expected = plain(&settings, &gradients);
             assert!((f64::from(p[0]) - expected).abs() < 1e-5, "{rule:?}: {} against {expected}", p[0]);
@@ -153,12 +181,35 @@ mod tests {
     }
 
     #[test]
+    fn a_walk_of_small_batches_goes_as_far_as_one_of_large() {
+        // A gradient of noise with a small mean, summed over batches of 8 to 512 examples.
+        let seed = 7;
+        println!("seed {seed}");
+        for (rule, warm_up) in [(DenseRule::Adam, 0), (DenseRule::Adam, 40), (DenseRule::Adagrad, 0)] {
+            let settings = DenseSettings { rule, rate: 0.01, examples: 512, warm_up, clip: 1e9 };
+            let end = |batch: usize| {
+                let mut random = Pcg64Mcg::seed_from_u64(seed);
+                let mut noise = || (random.next_u64() >> 40) as f32 / (1 << 23) as f32 - 1.0;
+                let (mut state, mut params) = (DenseState::new(rule, 64), vec![0.0f32; 64]);
+                for _ in 0..(512 * 400) / batch {
+                    let gradient: Vec<f32> = (0..64).map(|_| (0..batch).map(|_| noise() - 0.004).sum()).collect();
+                    assert!(step(&settings, &mut state, &mut params, &gradient, batch));
+                }
+                params.iter().sum::<f32>() / 64.0
+            };
+            let ends = [8, 64, 512].map(end);
+            println!("{rule:?}, warm-up {warm_up}: {ends:?}");
+            assert!(ends.iter().all(|end| *end > 0.03 && (end / ends[2] - 1.0).abs() < 0.15), "{rule:?} {ends:?}");
+        }
+    }
+
+    #[test]
     fn a_gradient_that_is_no_number_moves_nothing() {
         let settings = DenseSettings::default();
         let (mut state, mut params) = (DenseState::new(DenseRule::Adam, 2), [0.5f32, 1.0]);
-        step(&settings, &mut state, &mut params, &[1.0, 2.0]);
+        step(&settings, &mut state, &mut params, &[1.0, 2.0], 512);
         let before = (state.clone(), params);
-        assert!(!step(&settings, &mut state, &mut params, &[1.0, f32::NAN]));
+        assert!(!step(&settings, &mut state, &mut params, &[1.0, f32::NAN], 512));
         assert_eq!(before, (state, params));
     }
 

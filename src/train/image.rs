@@ -136,7 +136,7 @@ fn tower_arrays(towers: &two_tower::State, arrays: &mut Arrays) {
     arrays.push_f32("towers.mean", &[towers.dense.mean.len()], &towers.dense.mean);
     arrays.push_f32("towers.square", &[towers.dense.square.len()], &towers.dense.square);
     let two_tower::TableCounts { admitted, refused, expired, evicted } = towers.counts;
-    let numbers = [towers.dense.steps, towers.skipped, admitted, refused, expired, evicted];
+    let numbers = [towers.dense.examples, towers.skipped, admitted, refused, expired, evicted];
     arrays.push_u64("towers.numbers", &[numbers.len()], &numbers);
     for (name, list) in [("towers.periods", &towers.periods), ("towers.eighths", &towers.eighths)] {
         let (batches, periods): (Vec<u32>, Vec<i64>) = list.iter().copied().unzip();
@@ -155,11 +155,11 @@ fn read_towers(arrays: &Arrays) -> codec::Result<Option<two_tower::State>> {
         n: arrays.f32s("towers.n")?,
         touched: arrays.u32s("towers.touched")?,
     };
-    let [steps, skipped, admitted, refused, expired, evicted] = arrays.u64s("towers.numbers")?[..] else {
+    let [examples, skipped, admitted, refused, expired, evicted] = arrays.u64s("towers.numbers")?[..] else {
         return Err(codec::Error::Missing("six of towers.numbers".to_owned()));
     };
     let counts = two_tower::TableCounts { admitted, refused, expired, evicted };
-    let dense = DenseState { steps, mean: arrays.f32s("towers.mean")?, square: arrays.f32s("towers.square")? };
+    let dense = DenseState { examples, mean: arrays.f32s("towers.mean")?, square: arrays.f32s("towers.square")? };
     let list = |name: &str| {
         let (batches, periods) = (arrays.u32s(&format!("{name}.batches"))?, arrays.i64s(name)?);
         if batches.len() != periods.len() {

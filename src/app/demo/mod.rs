@@ -19,7 +19,7 @@ use crate::app::publisher::chain;
 use crate::app::topics::{self, Topics};
 use crate::app::train::{self, Options as TrainOptions, Progress, Summary, Tick, Until};
 use crate::clock;
-use crate::config::{self, Checked, Config};
+use crate::config::{self, Checked, Config, ModelKind};
 use crate::event::{Stream, Time};
 use crate::serve::http::{self, Server};
 use crate::serve::{self, Model, Node, Scorer};
@@ -53,8 +53,8 @@ pub struct Options {
 #[derive(Clone, Debug)]
 pub enum Input {
     /// A generated stream of so many impressions a second, that began so long ago: what has happened by the start is
-    /// written at once.
-    Generated { rate: f64, history: Duration, seed: u64 },
+    /// written at once. A model of this kind learns it.
+    Generated { rate: f64, history: Duration, seed: u64, model: ModelKind },
     /// The files `impressions*` and `clicks*` of a directory, at so many times their speed; none: all within the demo.
     Files { data: PathBuf, config: Box<Config>, speed: Option<f64> },
 }
@@ -120,6 +120,8 @@ pub struct View {
     pub url: String,
     /// Or else replayed.
     pub generated: bool,
+    /// The kind of model, as `model.kind` has it.
+    pub model: &'static str,
     /// None: the log is files.
     pub kafka: Option<InKafka>,
     /// How many times faster than the clock event time runs; 1 for the generated stream.
@@ -264,6 +266,7 @@ pub fn run(
             .clone()
             .zip(topics.as_ref())
             .map(|(brokers, topics)| InKafka { brokers, topics: topics.names().to_vec() }),
+        model: checked.config.model.kind,
         speed,
         began: Instant::now(),
         served: None,
@@ -390,10 +393,12 @@ fn own_topics(options: &Options, began: Time) -> Result<Option<OwnTopics>, Error
     Ok(Some(topics))
 }
 
-/// The config of the demo, with its files in `dir`, or with these topics in their place.
-fn own_config(dir: &Path, kafka: Option<(&Cluster, &OwnTopics)>) -> String {
+/// The config of the demo for a model of this kind, with its files in `dir`, or with these topics in their place.
+fn own_config(dir: &Path, model: ModelKind, kafka: Option<(&Cluster, &OwnTopics)>) -> String {
     let quoted = |text: &str| serde_json::to_string(text).expect("a string");
-    let mut config = CONFIG.to_owned();
+    let kind = |kind: ModelKind| format!("[model]\n# What --model says.\nkind = {}\n", quoted(kind.name()));
+    debug_assert!(CONFIG.contains(&kind(ModelKind::Logistic)), "configs/demo.toml has another model");
+    let mut config = CONFIG.replace(&kind(ModelKind::Logistic), &kind(model));
     if let Some((cluster, topics)) = kafka {
         for (stream, topic) in [Stream::Impressions, Stream::Clicks].iter().zip(topics.names()) {
             let (name, topic) = (stream.name(), quoted(topic));
@@ -411,9 +416,9 @@ fn prepare(options: &Options, topics: Option<&OwnTopics>, began: Time) -> Result
     let dir = &options.dir;
     let cluster = options.cluster();
     let (config, source, sample, speed) = match &options.input {
-        Input::Generated { rate, history, seed } => {
+        Input::Generated { rate, history, seed, model } => {
             let path = dir.join("demo.toml");
-            write(&path, own_config(dir, cluster.as_ref().zip(topics)).as_bytes())?;
+            write(&path, own_config(dir, *model, cluster.as_ref().zip(topics)).as_bytes())?;
             let settings = feed::settings(*seed, began, *rate, *history, options.length);
             let impressions = crate::generate::Generator::new(settings.clone())?
                 .filter(|event| matches!(event.what, crate::generate::What::Impression { .. }));
@@ -542,6 +547,7 @@ struct Demo<'a> {
     sender: Arc<Sender>,
     url: String,
     kafka: Option<InKafka>,
+    model: ModelKind,
     speed: f64,
     began: Instant,
     /// The version whose clicks were counted last.
@@ -603,6 +609,7 @@ impl Demo<'_> {
             dir: self.options.dir.clone(),
             url: self.url.clone(),
             generated: self.learning.has_truth,
+            model: self.model.name(),
             kafka: self.kafka.clone(),
             speed: self.speed,
             impressions_written: impressions,
