@@ -39,7 +39,7 @@ fn a_worse_model_is_held_with_its_reason_and_what_served_goes_on_serving() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert_eq!(manifest(&job, "live")["version"], before["version"]);
     let held = manifest(&job, "live-held");
-    assert_eq!((&held["gate"]["verdict"], &held["lineage"] == &before["lineage"]), (&"held".into(), false));
+    assert_eq!((&held["gate"]["verdict"], held["lineage"] == before["lineage"]), (&"held".into(), false));
     let reason = held["gate"]["reason"].as_str().unwrap();
     assert!(reason.contains("its log loss is"), "{reason}");
     let said = String::from_utf8_lossy(&output.stderr);
