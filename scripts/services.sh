@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Real services on loopback, for the tests and for trying Tidemill: Apache Kafka, one node in KRaft mode.
+# Real services on loopback, for the tests and for trying Tidemill: Apache Kafka, one node in KRaft mode, and an S3 server, SeaweedFS.
 #
 #   scripts/services.sh up      [SERVICE...]   start, from nothing or from kept data; says so where one runs already
 #   scripts/services.sh status  [SERVICE...]   what runs, where, with which pid and log; exit code 0 if all of it answers, else 1
@@ -12,15 +12,16 @@
 #
 #   scripts/services.sh kafka TOOL [ARG...]    run one of Kafka's own tools on the broker; without TOOL, list them
 #
-# Services: kafka. None named means all.
+# Services: kafka, s3. None named means all.
 #
 # `up` writes addresses, users and passwords to .services/SERVICE/env, for `set -a; . .services/kafka/env; set +a`.
 # All state lives in .services of this checkout; checkouts do not see each other's. Settings, by environment variable:
 #   TIDEMILL_SERVICES     another folder for the state (downloads stay where they are): a second set of services beside the first
 #   TIDEMILL_KAFKA_PORT   first of five ports in a row for Kafka; without it, free ones between 20000 and 32000
+#   TIDEMILL_S3_PORT      first of nine ports in a row for S3, likewise
 #
-# Needs Linux. Installs a Java runtime (17 or newer), Maven and OpenSSL by apt-get where they are missing. The first `up` of a checkout
-# downloads some 40 MB. A service that does not answer within 120 s of its start has failed: the end of its log is shown.
+# Needs Linux. Installs a Java runtime (17 or newer), Maven, OpenSSL and Python's venv by apt-get where they are missing. The first `up` of
+# a checkout downloads some 40 MB for Kafka and some 60 MB for S3. A service that does not answer within 120 s of its start has failed: the end of its log is shown.
 set -euo pipefail
 
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -39,7 +40,9 @@ patience=120
 . "$scripts/lib.sh"
 # shellcheck source=scripts/services/kafka.sh
 . "$scripts/services/kafka.sh"
-known=(kafka)
+# shellcheck source=scripts/services/s3.sh
+. "$scripts/services/s3.sh"
+known=(kafka s3)
 
 # --- for the functions of a service
 
@@ -65,6 +68,20 @@ free_ports() { # n
     echo "$port"
     return
   done
+}
+
+# Makes a certificate authority (ca.pem), and for localhost a certificate that it signed (server.key, server.crt; server.pem is both).
+self_signed() { # service, folder
+  local dir=$2
+  mkdir -p "$dir" || return 1
+  {
+    openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 3650 -subj "/CN=Tidemill test CA" \
+      -keyout "$dir/ca.key" -out "$dir/ca.pem" &&
+      openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj "/CN=localhost" -keyout "$dir/server.key" -out "$dir/server.csr" &&
+      openssl x509 -req -in "$dir/server.csr" -CA "$dir/ca.pem" -CAkey "$dir/ca.key" -CAcreateserial -days 3650 -out "$dir/server.crt" \
+        -extfile <(printf 'subjectAltName=DNS:localhost,IP:127.0.0.1\nextendedKeyUsage=serverAuth\n')
+  } 2>"$dir/openssl.log" || { echo "$1: openssl could not make certificates:" >&2; cat "$dir/openssl.log" >&2; return 1; }
+  cat "$dir/server.key" "$dir/server.crt" >"$dir/server.pem"
 }
 
 connects() { # port

@@ -182,10 +182,22 @@ pub fn window(metrics: &Metrics) {
     }
 }
 
-/// A snapshot version was published.
-pub fn published(version: u64) {
+/// A snapshot version was published, in so many seconds.
+pub fn published(version: u64, seconds: f64) {
     counter!("tidemill_snapshots_published_total").increment(1);
     gauge!("tidemill_snapshot_version").set(version as f64);
+    gauge!("tidemill_snapshot_publish_seconds").set(seconds);
+}
+
+/// Whether an operator has pinned the channel, as the last publication found it.
+pub fn pinned(pinned: bool) {
+    gauge!("tidemill_snapshot_channel_pinned").set(if pinned { 1.0 } else { 0.0 });
+}
+
+/// The snapshot store was asked, by a publication or retention: bytes written, and requests made again without an answer.
+pub fn asked_store(written: u64, retries: u64) {
+    counter!("tidemill_snapshot_written_bytes_total").increment(written);
+    counter!("tidemill_snapshot_store_retries_total").increment(retries);
 }
 
 /// The gate held a version.

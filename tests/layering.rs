@@ -65,6 +65,7 @@ const FOREIGN: &[(&str, &[&str])] = &[
     ("safetensors", &["src/snapshot/codec.rs"]),
     ("half", &["src/snapshot/"]),
     ("futures", &["src/snapshot/store.rs", "src/source/kafka/admin.rs"]),
+    ("percent_encoding", &["src/snapshot/address.rs", "src/app/exporter.rs"]),
     ("flate2", &["src/source/file.rs", "src/cli/generate.rs"]),
     ("zstd", &["src/source/file.rs", "src/cli/generate.rs"]),
     ("clap", &["src/cli/"]),

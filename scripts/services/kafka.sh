@@ -45,7 +45,7 @@ kafka_prepare() {
   else
     port=$(free_ports 5)
   fi
-  kafka_certificates "$data/tls" || return 1
+  self_signed kafka "$data/tls" || return 1
   kafka_properties "$port" >"$data/server.properties"
   kafka_clients "$data" >"$kafka_home/env"
 
@@ -57,20 +57,6 @@ kafka_prepare() {
   local said
   said=$(kafka_run kafka.tools.StorageTool format --config "$data/server.properties" --cluster-id "$(openssl rand -hex 16 | cut -c 1-21)A" \
     "${scram[@]}" 2>&1) || { printf 'kafka: the data folder could not be formatted:\n%s\n' "$said" >&2; return 1; }
-}
-
-# A certificate authority, and a certificate for the broker that it signed.
-kafka_certificates() { # folder
-  local dir=$1
-  mkdir -p "$dir" || return 1
-  {
-    openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 3650 -subj "/CN=Tidemill test CA" \
-      -keyout "$dir/ca.key" -out "$dir/ca.pem" &&
-      openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj "/CN=localhost" -keyout "$dir/server.key" -out "$dir/server.csr" &&
-      openssl x509 -req -in "$dir/server.csr" -CA "$dir/ca.pem" -CAkey "$dir/ca.key" -CAcreateserial -days 3650 -out "$dir/server.crt" \
-        -extfile <(printf 'subjectAltName=DNS:localhost,IP:127.0.0.1\nextendedKeyUsage=serverAuth\n')
-  } 2>"$dir/openssl.log" || { echo "kafka: openssl could not make certificates:" >&2; cat "$dir/openssl.log" >&2; return 1; }
-  cat "$dir/server.key" "$dir/server.crt" >"$dir/server.pem"
 }
 
 kafka_properties() { # first port

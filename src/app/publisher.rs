@@ -13,6 +13,7 @@ use crate::snapshot::gate;
 use crate::snapshot::manifest::PartitionPosition;
 use crate::snapshot::publish::Plan;
 use crate::snapshot::retain::retain;
+use crate::snapshot::store::Traffic;
 use crate::snapshot::towers::Towers;
 use crate::snapshot::{self, Facts, Golden, ModelInfo, Outcome, Publisher, Remedy, Store, Vectors, Version, Weights};
 use crate::telemetry::{self, Stage};
@@ -92,12 +93,23 @@ impl Handle {
             schema_hash: checked.schema.hash(),
         };
         let store = plan.open()?;
+        if store.is_single_writer() {
+            tracing::warn!(
+                store = store.url(),
+                "`unsafe_create=single-writer`: nothing keeps a second trainer, or a paused one that wakes up, from overwriting what this one publishes"
+            );
+        } else {
+            // Once here and thoroughly in `tidemill check`.
+            runtime.block_on(store.race(1, 4))?;
+        }
         let publisher = runtime.block_on(Publisher::open(store.clone(), &plan, checked.lineage(), model))?;
         let shared = Arc::new(Shared::default());
         lock(&shared).published.version = publisher.newest().map(|(version, _)| version);
         let (ours, window) = (Arc::clone(&shared), checked.join.window);
         let (model, gate) = (checked.model.clone(), checked.gate.clone());
-        let worker = Worker { publisher, store, plan, runtime, model, gate, report: None, window, swept: None };
+        let counted = store.traffic();
+        let worker =
+            Worker { publisher, store, plan, runtime, model, gate, report: None, window, counted, swept: None };
         let body = move || worker.run(&ours);
         let thread = thread::Builder::new().name("publish".into()).spawn(body)?;
         Ok(Self { shared, thread: Some(thread) })
@@ -176,6 +188,8 @@ struct Worker {
     report: Option<gate::Report>,
     /// Attribution window, ms.
     window: i64,
+    /// What the store was asked for, as far as the metrics know.
+    counted: Traffic,
     /// When versions that are no longer needed were last removed.
     swept: Option<Instant>,
 }
@@ -196,8 +210,13 @@ impl Worker {
                     state = shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
                 }
             };
+            let began = Instant::now();
             let result = self.publish(&job);
-            let published = matches!(result, Ok(Outcome::Published(_) | Outcome::Held(_)));
+            let traffic = self.store.traffic();
+            telemetry::asked_store(traffic.written - self.counted.written, traffic.retries - self.counted.retries);
+            self.counted = traffic;
+            let published = matches!(result, Ok(Outcome::Published(_) | Outcome::Held(_) | Outcome::Pinned { .. }));
+            telemetry::pinned(matches!(result, Ok(Outcome::Pinned { .. })));
             let mut state = lock(shared);
             state.busy = false;
             match result {
@@ -213,10 +232,19 @@ impl Worker {
                 }
                 Ok(Outcome::Published(version)) => {
                     state.published = Published { version: Some(version), withheld: None };
-                    telemetry::published(version.0);
+                    telemetry::published(version.0, began.elapsed().as_secs_f64());
                     if let Some(frontier) = job.image.place.frontier {
                         telemetry::reached(Stage::Published, frontier.time, clock::now());
                     }
+                }
+                Ok(Outcome::Pinned { version, at }) => {
+                    state.published = Published { version: Some(version), withheld: None };
+                    telemetry::published(version.0, began.elapsed().as_secs_f64());
+                    tracing::info!(
+                        version = version.0,
+                        pinned = at.0,
+                        "published; the channel is pinned and stays where it is"
+                    );
                 }
                 Ok(Outcome::Behind { newest }) => {
                     tracing::info!(newest = newest.0, "this stretch is already published; waiting until it is passed");

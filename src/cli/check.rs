@@ -84,7 +84,7 @@ impl Check {
             let store = settings.check()?.open()?;
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let newest = runtime.block_on(async {
-                store.probe().await?;
+                store.race(8, 8).await?;
                 store.latest(&settings.channel).await
             })?;
             let newest = newest.and_then(|entry| entry.version);

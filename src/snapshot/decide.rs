@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::manifest::{ENTRY_FORMAT, Entry, Epoch, Version};
+use super::manifest::{Act, ENTRY_FORMAT, Entry, Epoch, Version};
 use crate::event::Time;
 
 /// Who writes, in the words of the store.
@@ -14,12 +14,14 @@ pub struct Writer {
     pub name: String,
 }
 
-/// The entry by which a writer that starts takes the channel: a larger epoch, the version unchanged.
+/// The entry by which a writer that starts takes the channel: a larger epoch, the version unchanged, pinned if it was.
 #[must_use]
 pub fn take_epoch(last: Option<&Entry>, channel: &str, name: &str, now: Time) -> Entry {
     let epoch = Epoch(last.map_or(0, |entry| entry.epoch.0) + 1);
     let writer = Writer { channel: channel.to_owned(), epoch, name: name.to_owned() };
-    next_entry(last.map_or(0, |entry| entry.number), &writer, last.and_then(|entry| entry.version), now)
+    let number = last.map_or(0, |entry| entry.number);
+    let pinned = last.is_some_and(|entry| entry.pinned);
+    Entry { act: Act::Start, pinned, ..next_entry(number, &writer, last.and_then(|entry| entry.version), now) }
 }
 
 /// The entry after number `last` by which `writer` names `version`.
@@ -31,9 +33,83 @@ pub fn next_entry(last: u64, writer: &Writer, version: Option<Version>, now: Tim
         number: last + 1,
         epoch: writer.epoch,
         writer: writer.name.clone(),
+        act: Act::Publish,
         version,
+        pinned: false,
         created: now,
     }
+}
+
+/// What an operator wants of a channel.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Wish {
+    /// Hold what it names, or this version.
+    Pin(Option<Version>),
+    Unpin,
+    /// Go back to this version, and hold it.
+    Rollback(Version),
+    /// Name this version; hold it too if `pin`.
+    Promote {
+        version: Version,
+        pin: bool,
+    },
+}
+
+/// Why a wish is not granted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Objection {
+    #[error("it names no version yet, so there is nothing to hold or to go back from")]
+    Empty,
+    #[error("it is so already")]
+    Already,
+    #[error("it is pinned at version {0}: `unpin` it first, or use `rollback` or `pin`, which move it")]
+    Pinned(Version),
+    #[error("version {wanted} is not earlier than version {current}, which it names; `promote` goes forward")]
+    NotEarlier { wanted: Version, current: Version },
+}
+
+/// The entry that grants an operator's wish. It stays in the epoch of the entry before it, so that it fences nobody, and
+/// takes the next number, so that a trainer cannot overwrite it without having read it.
+///
+/// | wish     | the channel names | is pinned | then                       |
+/// |----------|-------------------|-----------|----------------------------|
+/// | any      | nothing           |           | `Empty`, but for promote   |
+/// | pin      | the version       | yes       | `Already`                  |
+/// | pin      | any               | any       | that version, pinned       |
+/// | unpin    | any               | no        | `Already`                  |
+/// | unpin    | any               | yes       | the same, not pinned       |
+/// | rollback | a later version   | any       | the earlier one, pinned    |
+/// | promote  | any               | yes       | `Pinned`                   |
+/// | promote  | the version       | no        | `Already`, unless to pin   |
+pub fn operate(
+    last: Option<&Entry>,
+    channel: &str,
+    name: &str,
+    wish: Wish,
+    now: Time,
+) -> std::result::Result<Entry, Objection> {
+    let current = last.and_then(|entry| entry.version);
+    let pinned = last.is_some_and(|entry| entry.pinned);
+    let (act, version, pin) = match (wish, current) {
+        (Wish::Promote { version, .. }, Some(held)) if pinned && version != held => {
+            return Err(Objection::Pinned(held));
+        }
+        (Wish::Promote { version, pin }, _) => (Act::Promote, version, pin || pinned),
+        (_, None) => return Err(Objection::Empty),
+        (Wish::Pin(wanted), Some(current)) => (Act::Pin, wanted.unwrap_or(current), true),
+        (Wish::Unpin, Some(current)) => (Act::Unpin, current, false),
+        (Wish::Rollback(wanted), Some(current)) if wanted >= current => {
+            return Err(Objection::NotEarlier { wanted, current });
+        }
+        (Wish::Rollback(wanted), Some(_)) => (Act::Rollback, wanted, true),
+    };
+    if current == Some(version) && pinned == pin {
+        return Err(Objection::Already);
+    }
+    let epoch = last.map_or(Epoch(1), |entry| entry.epoch);
+    let writer = Writer { channel: channel.to_owned(), epoch, name: name.to_owned() };
+    let number = last.map_or(0, |entry| entry.number);
+    Ok(Entry { act, pinned: pin, ..next_entry(number, &writer, Some(version), now) })
 }
 
 /// What an entry found in the channel means for a writer.
@@ -47,26 +123,21 @@ pub enum Standing {
 
 /// Judges an entry found past the last one that `ours` knows.
 ///
-/// | its epoch | its writer | standing |
-/// |-----------|------------|----------|
-/// | smaller   | any        | holds    |
-/// | ours      | ours       | holds    |
-/// | ours      | another    | fenced: two writers with one epoch cannot be, so nothing is risked |
-/// | larger    | any        | fenced   |
+/// | its epoch | its writer  | standing |
+/// |-----------|-------------|----------|
+/// | smaller   | any         | holds    |
+/// | ours      | ours        | holds    |
+/// | ours      | an operator | holds: what they say about the version is obeyed |
+/// | ours      | another     | fenced: two writers with one epoch cannot be, so nothing is risked |
+/// | larger    | any         | fenced   |
 #[must_use]
 pub fn standing(ours: &Writer, found: &Entry) -> Standing {
-    if found.epoch < ours.epoch || (found.epoch == ours.epoch && found.writer == ours.name) {
+    let allowed = found.writer == ours.name || found.act.is_by_operator();
+    if found.epoch < ours.epoch || (found.epoch == ours.epoch && allowed) {
         Standing::Holds
     } else {
         Standing::Fenced { by: found.epoch }
     }
-}
-
-/// Whether "already exists" was our own write whose answer was lost. Bytes carry the writer's random name, so equal
-/// bytes are ours.
-#[must_use]
-pub fn is_ours(written: &[u8], found: &[u8]) -> bool {
-    written == found
 }
 
 /// Whether a version with batches up to `batch` may be published.
@@ -74,10 +145,10 @@ pub fn is_ours(written: &[u8], found: &[u8]) -> bool {
 /// After a crash the trainer goes through batches again that the lineage has published: those wait, so that neither the
 /// channel nor the versions go back in time. A version that was written but that the channel never came to name may be
 /// repeated. `newest` and `live` are the last batch of the lineage's newest version and of what the channel names, none
-/// where that is of another lineage.
+/// where that is of another lineage. While the channel is `pinned` it names no version, so none is repeated.
 #[must_use]
-pub fn goes_forward(batch: u64, newest: Option<u64>, live: Option<u64>) -> bool {
-    newest.is_none_or(|newest| batch >= newest) && live.is_none_or(|live| batch > live)
+pub fn goes_forward(batch: u64, newest: Option<u64>, live: Option<u64>, pinned: bool) -> bool {
+    newest.is_none_or(|newest| batch > newest || (batch == newest && !pinned)) && live.is_none_or(|live| batch > live)
 }
 
 /// Whether a chain of deltas of so many bytes is worth more than a full: who starts reads the full and the chain, so the
@@ -159,12 +230,62 @@ mod tests {
     }
 
     #[test]
+    fn an_operator_of_the_same_epoch_fences_nobody_and_one_of_a_later_epoch_is_the_word_of_a_successor() {
+        let found = |epoch, act| Entry { act, ..next_entry(7, &writer(epoch, "operator"), Some(Version(1)), Time(0)) };
+        let ours = writer(5, "a");
+        for act in [Act::Pin, Act::Unpin, Act::Rollback, Act::Promote] {
+            assert_eq!(standing(&ours, &found(5, act)), Standing::Holds);
+            assert_eq!(standing(&ours, &found(6, act)), Standing::Fenced { by: Epoch(6) });
+        }
+        assert_eq!(standing(&ours, &found(5, Act::Start)), Standing::Fenced { by: Epoch(5) });
+    }
+
+    #[test]
+    fn an_operators_entry_takes_the_next_number_and_keeps_the_epoch() {
+        let named = next_entry(4, &writer(3, "a"), Some(Version(9)), Time(0));
+        let ask = |last: &Entry, wish| operate(Some(last), "live", "op", wish, Time(1));
+        let entry = ask(&named, Wish::Rollback(Version(7))).unwrap();
+        assert_eq!((entry.number, entry.epoch, entry.writer.as_str()), (6, Epoch(3), "op"));
+        assert_eq!((entry.act, entry.version, entry.pinned), (Act::Rollback, Some(Version(7)), true));
+        let taken = take_epoch(Some(&entry), "live", "b", Time(2));
+        assert_eq!(
+            (taken.epoch, taken.version, taken.pinned),
+            (Epoch(4), Some(Version(7)), true),
+            "a restart keeps it"
+        );
+        let free = ask(&entry, Wish::Unpin).unwrap();
+        assert_eq!((free.act, free.version, free.pinned), (Act::Unpin, Some(Version(7)), false));
+    }
+
+    #[test]
+    fn wishes_that_make_no_sense_are_objected_to() {
+        let named = next_entry(4, &writer(3, "a"), Some(Version(9)), Time(0));
+        let pinned = Entry { pinned: true, ..named.clone() };
+        let ask =
+            |last: Option<&Entry>, wish| operate(last, "live", "op", wish, Time(1)).map(|e| (e.version, e.pinned));
+        let promote = |version, pin| Wish::Promote { version: Version(version), pin };
+        assert_eq!(ask(None, Wish::Pin(None)), Err(Objection::Empty));
+        assert_eq!(ask(None, Wish::Unpin), Err(Objection::Empty));
+        assert_eq!(ask(None, promote(2, false)), Ok((Some(Version(2)), false)), "the first entry of a channel");
+        assert_eq!(ask(Some(&named), Wish::Unpin), Err(Objection::Already));
+        assert_eq!(ask(Some(&pinned), Wish::Pin(None)), Err(Objection::Already));
+        assert_eq!(ask(Some(&pinned), Wish::Pin(Some(Version(8)))), Ok((Some(Version(8)), true)));
+        let later = Objection::NotEarlier { wanted: Version(9), current: Version(9) };
+        assert_eq!(ask(Some(&named), Wish::Rollback(Version(9))), Err(later));
+        assert_eq!(ask(Some(&named), promote(9, false)), Err(Objection::Already));
+        assert_eq!(ask(Some(&named), promote(9, true)), Ok((Some(Version(9)), true)));
+        assert_eq!(ask(Some(&pinned), promote(12, false)), Err(Objection::Pinned(Version(9))));
+    }
+
+    #[test]
     fn batches_that_the_lineage_has_published_are_not_published_again() {
-        assert!(goes_forward(1, None, None));
-        assert!(!goes_forward(9, Some(10), None), "older than the newest version");
-        assert!(!goes_forward(10, Some(10), Some(10)), "is live already");
-        assert!(goes_forward(10, Some(10), Some(8)), "was written, but the channel never named it");
-        assert!(goes_forward(11, Some(10), Some(10)));
+        assert!(goes_forward(1, None, None, false));
+        assert!(!goes_forward(9, Some(10), None, false), "older than the newest version");
+        assert!(!goes_forward(10, Some(10), Some(10), false), "is live already");
+        assert!(goes_forward(10, Some(10), Some(8), false), "was written, but the channel never named it");
+        assert!(!goes_forward(10, Some(10), Some(8), true), "was written, and the pinned channel names none");
+        assert!(goes_forward(11, Some(10), Some(8), true));
+        assert!(goes_forward(11, Some(10), Some(10), false));
     }
 
     #[test]

@@ -227,7 +227,7 @@ impl Store {
         if object.name != object_key(object.digest) {
             return Err(content(format!("names `{}`, which does not fit its digest {}", object.name, object.digest)));
         }
-        let Some(bytes) = self.read(&object.name).await? else {
+        let Some(bytes) = self.read_large(&object.name, object.length).await? else {
             return Err(Error::Missing { key: object.name.clone(), named_by: format!("`{key}`") });
         };
         let corrupt = |reason| {
@@ -275,6 +275,6 @@ impl Store {
                 }
             }
         }
-        self.sweep_all().map(|_| ())
+        self.sweep_all().await
     }
 }

@@ -246,10 +246,51 @@ pub struct Entry {
     pub epoch: Epoch,
     /// Random name of the writer's process, by which it knows its own writes.
     pub writer: String,
+    /// What was done.
+    pub act: Act,
     /// What to serve; none as long as nothing was published.
     pub version: Option<Version>,
+    /// While this is so no trainer moves the channel; it publishes versions all the same.
+    pub pinned: bool,
     /// By the writer's clock. For people; nothing depends on it.
     pub created: Time,
+}
+
+/// What an entry of a channel does. The last four are an operator's, who has no epoch of their own.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Act {
+    /// A trainer takes the channel, with a new epoch; the version stays.
+    Start,
+    /// A trainer names a version that it has published.
+    Publish,
+    /// Names a version by hand.
+    Promote,
+    /// Holds a version.
+    Pin,
+    /// Goes back to an earlier version, and holds it.
+    Rollback,
+    /// Lets go of the version held; the trainer's next publication moves the channel.
+    Unpin,
+}
+
+impl Act {
+    #[must_use]
+    pub fn is_by_operator(self) -> bool {
+        !matches!(self, Self::Start | Self::Publish)
+    }
+
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Start => "start",
+            Self::Publish => "publish",
+            Self::Promote => "promote",
+            Self::Pin => "pin",
+            Self::Rollback => "rollback",
+            Self::Unpin => "unpin",
+        }
+    }
 }
 
 /// A sealed document of the store: its first member is its format.

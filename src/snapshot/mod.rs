@@ -1,15 +1,17 @@
 //! Versioned weights in a store: published so that readers see all of a version or none of it.
 //!
 //! [`codec`] turns arrays into canonical bytes, [`manifest`] says what a version holds, [`weights`] and [`towers`] are the model as it
-//! travels, [`delta`] is what one version changes in another, [`decide`] and [`gate`] hold the rules (pure), [`store`] talks to the store, [`publish`],
-//! [`load`] and [`retain`] use it. The
+//! travels, [`delta`] is what one version changes in another, [`decide`] and [`gate`] hold the rules (pure), [`store`] talks to the store, which
+//! `address` opens; [`publish`], [`load`], [`operate`] (what a person does to a channel) and [`retain`] use it. The
 //! format and the protocol are written down in `docs/snapshot-format.md`.
+mod address;
 pub mod codec;
 pub mod decide;
 pub mod delta;
 pub mod gate;
 pub mod load;
 pub mod manifest;
+pub mod operate;
 pub mod publish;
 pub mod retain;
 pub mod store;
@@ -51,6 +53,12 @@ pub enum Error {
         "no space left for `{key}`; nothing published was touched: free space or lower `snapshots.keep`, it is tried again at the next mark"
     )]
     Full { key: String, source: object_store::Error },
+    #[error("`{key}` in `{url}`: {advice}")]
+    Refused { key: String, url: String, advice: &'static str, source: object_store::Error },
+    #[error(
+        "`{url}` cannot be published to: {reason}. Without create-if-absent two trainers can overwrite each other's versions, and a paused one that wakes up cannot be fenced. Use a store that has it, or, if you make sure yourself that never more than one writer is there, add the option `unsafe_create=single-writer` to the address"
+    )]
+    NotCreateOnly { url: String, reason: String },
     #[error("the store did not answer for `{key}`; it is tried again")]
     Unavailable { key: String, source: object_store::Error },
     #[error("refusing to publish: {0}")]
@@ -72,11 +80,16 @@ impl Error {
     #[must_use]
     pub fn remedy(&self) -> Remedy {
         match self {
-            Self::Address { .. } | Self::Setting { .. } | Self::Gate { .. } | Self::Collision { .. } => Remedy::Stop,
+            Self::Address { .. }
+            | Self::Setting { .. }
+            | Self::Gate { .. }
+            | Self::Collision { .. }
+            | Self::NotCreateOnly { .. } => Remedy::Stop,
             // Without its entry nobody knows what the channel says or who may write it.
             Self::Corrupt { key, .. } if key.starts_with("channels/") => Remedy::Stop,
             Self::Corrupt { .. } | Self::Missing { .. } | Self::Content { .. } | Self::Unfit(_) => Remedy::SkipVersion,
-            Self::Full { .. } | Self::Unavailable { .. } => Remedy::Retry,
+            // Credentials are renewed and endpoints come back while a trainer or a node runs.
+            Self::Full { .. } | Self::Unavailable { .. } | Self::Refused { .. } => Remedy::Retry,
         }
     }
 }

@@ -1,6 +1,5 @@
 //! The writer of a channel: takes an epoch, then publishes payload, manifest and channel entry, in this order.
 
-use std::hash::{BuildHasher, Hasher};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,10 +14,10 @@ use super::manifest::{
     Build, DELTA_FORMAT, Document, Entry, Epoch, Facts, Golden, Kind, Link, MANIFEST_FORMAT, Manifest, ModelInfo,
     ObjectRef, PAYLOAD_FORMAT, Version,
 };
-use super::store::{Created, Store, document, entry_key, manifest_key, object_key};
+use super::store::{Created, Store, document, entry_key, manifest_key, object_key, random};
 use super::vectors::Precision;
 use super::weights::{self, Weights};
-use super::{Error, Result};
+use super::{Error, Remedy, Result};
 use crate::clock;
 use crate::event::Time;
 
@@ -26,7 +25,8 @@ use crate::event::Time;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Directory, or `file://` and an absolute path. Default `snapshots`, in the working directory.
+    /// Directory, `file://` and an absolute path, or a bucket: `s3://bucket/prefix`, `gs://`, `az://`, `abfss://`, with
+    /// options behind a `?` (`docs/stores.md`). Default `snapshots`, in the working directory.
     pub store: String,
     /// Channel that names the version to serve: letters, digits, `-` and `_`. Default `live`.
     pub channel: String,
@@ -90,6 +90,13 @@ impl Plan {
     pub fn open(&self) -> Result<Store> {
         Store::create(&self.store)
     }
+
+    /// A plan for retention alone, by hand.
+    #[must_use]
+    pub fn of_retention(keep: usize, grace: Duration) -> Option<Self> {
+        let settings = Settings { keep, grace, ..Settings::default() };
+        settings.check().ok()
+    }
 }
 
 /// Refuses names that are not a single plain part of a key.
@@ -111,6 +118,8 @@ pub enum Outcome {
     Published(Version),
     /// The gate held this version: it is in the store, and the channel that ends in `-held` names it.
     Held(Version),
+    /// This version is in the store. An operator has pinned the channel to `at`, which goes on being served.
+    Pinned { version: Version, at: Version },
     /// Another trainer took the channel. This one must not publish any more.
     Fenced { by: Epoch },
     /// The lineage has published this batch or a later one: a trainer that goes over its log again after a crash waits
@@ -129,6 +138,8 @@ pub struct Publisher {
     last: u64,
     /// What that entry names, and its last batch if it is of our lineage.
     live: Option<(Version, Option<u64>)>,
+    /// Whether that entry is pinned.
+    pinned: bool,
     /// Our lineage's newest version and its last batch.
     newest: Option<(Version, u64)>,
     /// The version to try next.
@@ -168,7 +179,7 @@ struct Base {
 impl Publisher {
     /// Takes the channel: finds out what is there and writes an entry with a new epoch and the version unchanged.
     pub async fn open(store: Store, plan: &Plan, lineage: impl Into<String>, model: ModelInfo) -> Result<Self> {
-        let (lineage, name) = (lineage.into(), random_name());
+        let (lineage, name) = (lineage.into(), format!("{:016x}", random()));
         let entry = loop {
             let last = store.latest(&plan.channel).await?;
             let entry = decide::take_epoch(last.as_ref(), &plan.channel, &name, clock::now());
@@ -184,8 +195,9 @@ impl Publisher {
             writer,
             lineage,
             model,
-            last: entry.number,
+            last: 0,
             live: None,
+            pinned: false,
             newest: None,
             next: Version(1),
             precision: plan.precision,
@@ -227,7 +239,7 @@ impl Publisher {
             return Ok(Outcome::Fenced { by });
         }
         let live = self.live.and_then(|(_, batch)| batch);
-        if !decide::goes_forward(facts.batch, self.newest.map(|(_, batch)| batch), live) {
+        if !decide::goes_forward(facts.batch, self.newest.map(|(_, batch)| batch), live, self.pinned) {
             let newest = self.newest.or(self.live.map(|(version, _)| (version, 0))).expect("something is ahead").0;
             return Ok(Outcome::Behind { newest });
         }
@@ -278,7 +290,7 @@ impl Publisher {
             return Ok(Outcome::Held(version));
         }
         let outcome = self.put_entry(version, batch).await?;
-        if outcome == Outcome::Published(version) {
+        if matches!(outcome, Outcome::Published(_) | Outcome::Pinned { .. }) {
             self.taken_over = None;
             self.base = Some(match (link, self.base.take()) {
                 (Some(link), Some(base)) => {
@@ -359,7 +371,7 @@ impl Publisher {
     async fn put_payload(&self, encoded: &Encoded) -> Result<(ObjectRef, bool)> {
         let key = object_key(encoded.digest);
         let reused = self.store.exists(&key).await?;
-        match self.store.create_only(&key, &encoded.pieces).await? {
+        match self.store.put_object(&key, &encoded.pieces).await? {
             Created::Ours => Ok((ObjectRef { name: key, length: encoded.length, digest: encoded.digest }, reused)),
             Created::Taken(_) => Err(Error::Collision { key }),
         }
@@ -384,6 +396,9 @@ impl Publisher {
 
     async fn put_entry(&mut self, version: Version, batch: u64) -> Result<Outcome> {
         loop {
+            if let (true, Some((at, _))) = (self.pinned, self.live) {
+                return Ok(Outcome::Pinned { version, at });
+            }
             let entry = decide::next_entry(self.last, &self.writer, Some(version), clock::now());
             let key = entry_key(&self.writer.channel, entry.number);
             match self.store.create_only(&key, &[sealed(&key, &entry)?]).await? {
@@ -424,6 +439,7 @@ impl Publisher {
             }
         };
         self.last = entry.number;
+        self.pinned = entry.pinned;
         Ok(())
     }
 
@@ -445,7 +461,7 @@ impl Publisher {
     async fn readable(&self, version: Version) -> Result<Option<Manifest>> {
         match self.store.manifest(version, "the channel").await {
             Ok(manifest) => Ok(Some(manifest)),
-            Err(e @ Error::Unavailable { .. }) => Err(e),
+            Err(e) if e.remedy() == Remedy::Retry => Err(e),
             Err(e) => {
                 tracing::error!(error = %e, "a version in the store cannot be used; publishing goes on after it");
                 Ok(None)
@@ -454,14 +470,6 @@ impl Publisher {
     }
 }
 
-fn sealed(key: &str, document: &impl Document) -> Result<bytes::Bytes> {
+pub(super) fn sealed(key: &str, document: &impl Document) -> Result<bytes::Bytes> {
     document.to_bytes().map(Into::into).map_err(|e| Error::Unfit(format!("`{key}` cannot be written: {e}")))
-}
-
-/// 16 hex digits that no other process has: by them a writer knows its own writes. Nothing that is learned depends on it.
-fn random_name() -> String {
-    let mut hasher = std::collections::hash_map::RandomState::new().build_hasher();
-    hasher.write_u32(std::process::id());
-    hasher.write_i64(clock::now().0);
-    format!("{:016x}", hasher.finish())
 }

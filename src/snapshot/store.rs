@@ -1,40 +1,66 @@
 //! The only place that talks to the store: create-only writes, reads, lists, and following a channel.
 //!
 //! Layout: `objects/<digest>.safetensors`, `manifests/<version>.json`, `channels/<channel>/<number>.json`, numbers with
-//! 12 digits. Every write is create-if-absent, which is all that is asked of a store. On a local directory
-//! `object_store` writes a staging file `<name>#<n>`, syncs it, hard-links it to its name (fails if taken) and syncs the
-//! directory: no torn file ever has a final name, and what a crash leaves behind is not listed.
+//! 12 digits. Every write is create-if-absent, which is all that is asked of a store, but for payloads that travel in
+//! parts: their name is the digest of their bytes, so whoever overwrites one overwrites it with the same bytes. On a
+//! local directory `object_store` writes a staging file `<name>#<n>`, syncs it, hard-links it to its name (fails if
+//! taken) and syncs the directory: no torn file ever has a final name, and what a crash leaves behind is not listed.
 
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::path::{Path as FsPath, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures::TryStreamExt;
+use futures::stream::{self, StreamExt};
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
 
+use super::address::{self, Limits, Place};
 use super::codec::Digest;
 use super::manifest::{Document, Entry, Version};
 use super::{Error, Result};
 use crate::event::Time;
 
-/// How often a request without an answer is made again, and the first pause, which grows fourfold.
-const ATTEMPTS: u32 = 3;
+/// The first pause before a request without an answer is made again, half more or less by chance; it grows fourfold.
 const PAUSE: Duration = Duration::from_millis(25);
 
 /// How many entries a follower walks one by one before it lists.
 const WALK: u64 = 16;
 
-/// A place for snapshots. Clones share the connection. Its calls need a tokio runtime with time enabled.
+/// A place for snapshots. Clones share the connection. Its calls need a tokio runtime with time and I/O enabled.
 #[derive(Clone, Debug)]
 pub struct Store {
     inner: Arc<dyn ObjectStore>,
     url: String,
     /// The directory, for a local store.
     local: Option<PathBuf>,
+    limits: Limits,
+    /// Create-if-absent is not asked of the store: `unsafe_create=single-writer`.
+    single_writer: bool,
+    counts: Arc<Counts>,
+}
+
+/// What was asked of a store since it was opened, by all clones.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Traffic {
+    /// Bytes of objects written, with those of attempts that failed.
+    pub written: u64,
+    /// Bytes of objects read.
+    pub read: u64,
+    /// Requests made again because no answer came, on top of those that the client of the store makes by itself.
+    pub retries: u64,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    written: AtomicU64,
+    read: AtomicU64,
+    retries: AtomicU64,
 }
 
 /// How a create-only write ended.
@@ -46,36 +72,62 @@ pub(super) enum Created {
     Taken(Bytes),
 }
 
+/// How writers fared who raced for the same keys.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Race {
+    pub rounds: usize,
+    pub writers: usize,
+}
+
 impl Store {
-    /// Opens a store for reading: a path, or `file://` and an absolute path, of a directory that exists.
+    /// Opens a store for reading: a directory that exists, `file://` and its absolute path, or `s3://`, `gs://`, `az://`,
+    /// `abfss://` with a bucket and a prefix, and options behind a `?` (`docs/stores.md`). A bucket is not asked yet.
     pub fn open(url: &str) -> Result<Self> {
-        let dir = directory(url)?;
-        if !dir.is_dir() {
-            let reason = "there is no such directory; is the name right, and has a trainer published there".to_owned();
-            return Err(Error::Address { url: url.to_owned(), reason });
-        }
-        Self::at(url, dir)
+        Ok(Self::at(url, address::open(url, false)?))
     }
 
     /// Opens a store for writing: as [`Store::open`], but makes the directory where there is none.
     pub fn create(url: &str) -> Result<Self> {
-        let dir = directory(url)?;
-        std::fs::create_dir_all(&dir)
-            .map_err(|e| Error::Address { url: url.to_owned(), reason: format!("cannot make the directory: {e}") })?;
-        Self::at(url, dir)
+        Ok(Self::at(url, address::open(url, true)?))
     }
 
-    fn at(url: &str, dir: PathBuf) -> Result<Self> {
-        let reason = |e: &dyn std::fmt::Display| Error::Address { url: url.to_owned(), reason: e.to_string() };
-        let dir = dir.canonicalize().map_err(|e| reason(&e))?;
-        let inner =
-            object_store::local::LocalFileSystem::new_with_prefix(&dir).map_err(|e| reason(&e))?.with_fsync(true);
-        Ok(Self { inner: Arc::new(inner), url: url.to_owned(), local: Some(dir) })
+    fn at(url: &str, place: Place) -> Self {
+        let Place { inner, local, limits, single_writer } = place;
+        Self { inner, url: url.to_owned(), local, limits, single_writer, counts: Arc::default() }
     }
 
     #[cfg(test)]
     pub(super) fn over(inner: Arc<dyn ObjectStore>) -> Self {
-        Self { inner, url: "test".to_owned(), local: None }
+        let place = Place { inner, local: None, limits: Limits::default(), single_writer: false };
+        Self::at("test", place)
+    }
+
+    /// As [`Store::over`], with parts of so many bytes.
+    #[cfg(test)]
+    pub(super) fn in_parts(self, part: usize) -> Self {
+        Self { limits: Limits { part, ..self.limits }, ..self }
+    }
+
+    /// Whether this is a directory of this machine.
+    #[must_use]
+    pub fn is_local(&self) -> bool {
+        self.local.is_some()
+    }
+
+    /// Whether create-if-absent is not asked of the store, as `unsafe_create=single-writer` in its address says.
+    #[must_use]
+    pub fn is_single_writer(&self) -> bool {
+        self.single_writer
+    }
+
+    #[must_use]
+    pub fn traffic(&self) -> Traffic {
+        let count = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        Traffic {
+            written: count(&self.counts.written),
+            read: count(&self.counts.read),
+            retries: count(&self.counts.retries),
+        }
     }
 
     /// As it was given to [`Store::open`].
@@ -94,17 +146,24 @@ impl Store {
 
     /// Names of all channels, ascending.
     pub async fn channels(&self) -> Result<Vec<String>> {
-        let list = self.inner.list_with_delimiter(Some(&Path::from("channels"))).await;
-        let list = list.map_err(|source| refusal("channels/", source))?;
+        let path = Path::from("channels");
+        let list = self.attempt(|| self.inner.list_with_delimiter(Some(&path))).await;
+        let list = list.map_err(|source| self.refusal("channels/", source))?;
         Ok(list.common_prefixes.iter().filter_map(|path| path.filename().map(str::to_owned)).collect())
     }
 
-    /// The entry of a channel that counts; none if nobody has ever written to it.
+    /// The entry of a channel that counts; none if nobody has ever written to it. A list may be older than what was
+    /// written last, so its end is not believed: the next number is asked for.
     pub async fn latest(&self, channel: &str) -> Result<Option<Entry>> {
-        match self.numbered(&format!("channels/{channel}")).await?.last_key_value() {
-            None => Ok(None),
-            Some((&number, _)) => self.entry(channel, number).await,
+        let listed = self.numbered(&format!("channels/{channel}")).await?.last_key_value().map(|(&number, _)| number);
+        let mut newest = match listed {
+            None => None,
+            Some(number) => self.entry(channel, number).await?,
+        };
+        while let Some(entry) = self.entry(channel, newest.as_ref().map_or(0, |entry| entry.number) + 1).await? {
+            newest = Some(entry);
         }
+        Ok(newest)
     }
 
     /// One entry of a channel; none if there is no such number.
@@ -122,48 +181,119 @@ impl Store {
 
     // ------------------------------------------------------------------------------------------------- plain requests
 
-    /// Tries the one thing that the protocol asks of a store: that an object is created only if it is absent. Leaves
-    /// nothing behind.
-    pub async fn probe(&self) -> Result<()> {
-        let key = format!("probe/{:016x}", crate::clock::now().0 ^ i64::from(std::process::id()) << 32);
-        let first = self.create_only(&key, &[Bytes::from_static(b"first")]).await?;
-        let second = self.create_only(&key, &[Bytes::from_static(b"second")]).await;
-        self.inner.delete(&Path::from(key.as_str())).await.map_err(|source| refusal(&key, source))?;
-        match (first, second?) {
-            (Created::Ours, Created::Taken(found)) if found == b"first"[..] => Ok(()),
-            _ => Err(Error::Unfit(format!("`{}` let a second writer replace an object that was there", self.url))),
+    /// Tries the one thing that the protocol asks of a store: that an object is created only if it is absent, also when
+    /// several ask at once. Leaves nothing behind. An error says what the store did instead.
+    pub async fn race(&self, rounds: usize, writers: usize) -> Result<Race> {
+        for _ in 0..rounds {
+            let key = format!("probe/{:016x}", random());
+            let outcome = self.race_for(&key, writers).await;
+            let gone = self.delete(&key).await;
+            outcome?;
+            gone?;
         }
+        Ok(Race { rounds, writers })
+    }
+
+    async fn race_for(&self, key: &str, writers: usize) -> Result<()> {
+        let bytes = |writer: usize| Bytes::from(format!("writer {writer} of {key}"));
+        let racing = (0..writers).map(|writer| async move { self.create_only(key, &[bytes(writer)]).await });
+        let mut outcomes = Vec::new();
+        for outcome in futures::future::join_all(racing).await {
+            outcomes.push(outcome?);
+        }
+        // One more, long after the others.
+        outcomes.push(self.create_only(key, &[bytes(writers)]).await?);
+        let won = outcomes.iter().filter(|outcome| **outcome == Created::Ours).count();
+        if won == 1 {
+            return Ok(());
+        }
+        Err(Error::NotCreateOnly {
+            url: self.url.clone(),
+            reason: format!("of {} writers that created one object, {won} were told that they did", writers + 1),
+        })
     }
 
     /// Writes `pieces` under `key` unless the key is taken. When the answer is "taken", what is there is compared, since
     /// it may be our own write whose answer was lost.
     pub(super) async fn create_only(&self, key: &str, pieces: &[Bytes]) -> Result<Created> {
         let path = Path::from(key);
-        let put = || {
-            let payload: PutPayload = pieces.iter().cloned().collect();
-            self.inner.put_opts(&path, payload, PutOptions::from(PutMode::Create))
-        };
-        match attempt(put).await {
-            Ok(_) => return Ok(Created::Ours),
-            Err(object_store::Error::AlreadyExists { .. }) => {}
-            Err(source) => return Err(refusal(key, source)),
-        }
-        let Some(found) = self.read(key).await? else {
-            return Err(Error::Missing {
-                key: key.to_owned(),
-                named_by: "the store, which said that it exists,".to_owned(),
-            });
-        };
-        self.settle(key)?;
         let length: usize = pieces.iter().map(Bytes::len).sum();
-        let mut rest = &found[..];
-        let same = length == found.len()
-            && pieces.iter().all(|piece| {
-                let (start, end) = rest.split_at(piece.len());
-                rest = end;
-                start == piece
-            });
-        Ok(if same { Created::Ours } else { Created::Taken(found) })
+        let put = |mode: PutMode| {
+            let payload: PutPayload = pieces.iter().cloned().collect();
+            self.counts.written.fetch_add(length as u64, Ordering::Relaxed);
+            self.inner.put_opts(&path, payload, PutOptions::from(mode))
+        };
+        if self.single_writer {
+            if let Some(found) = self.read(key).await? {
+                return Ok(if same(&found, pieces) { Created::Ours } else { Created::Taken(found) });
+            }
+            let put = self.attempt(|| put(PutMode::Overwrite)).await;
+            return put.map(|_| Created::Ours).map_err(|source| self.refusal(key, source));
+        }
+        for _ in 0..self.limits.attempts.max(2) {
+            match self.attempt(|| put(PutMode::Create)).await {
+                Ok(_) => return Ok(Created::Ours),
+                Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {}
+                Err(source) if address::not_offered(&source) => {
+                    let reason = format!("it does not offer it: {}", address::chain(&source));
+                    return Err(Error::NotCreateOnly { url: self.url.clone(), reason });
+                }
+                Err(source) => return Err(self.refusal(key, source)),
+            }
+            if let Some(found) = self.read(key).await? {
+                self.settle(key)?;
+                return Ok(if same(&found, pieces) { Created::Ours } else { Created::Taken(found) });
+            }
+            // S3 also says so while another write of the key is under way, which may fail; or it was deleted since.
+            tokio::time::sleep(jittered(PAUSE)).await;
+        }
+        Err(Error::Missing { key: key.to_owned(), named_by: "the store, which said that it exists,".to_owned() })
+    }
+
+    /// Writes a payload under the name that its digest gives it. What is too large for one request goes to a bucket in
+    /// parts, several at a time, none of them copied. There is no create-only for parts, and no need: the name stands for
+    /// the bytes, so one that is there is complete and equal, or has another length.
+    pub(super) async fn put_object(&self, key: &str, pieces: &[Bytes]) -> Result<Created> {
+        let length: u64 = pieces.iter().map(|piece| piece.len() as u64).sum();
+        if self.local.is_some() || length <= self.limits.part as u64 {
+            return self.create_only(key, pieces).await;
+        }
+        let path = Path::from(key);
+        for attempt in 1.. {
+            match self.size(key).await? {
+                Some(found) if found == length => return Ok(Created::Ours),
+                Some(_) => return Ok(Created::Taken(Bytes::new())),
+                None => {}
+            }
+            match self.put_parts(&path, pieces).await {
+                Ok(()) => return Ok(Created::Ours),
+                Err(source) if may_pass(&source) && attempt < self.limits.attempts => {
+                    self.counts.retries.fetch_add(1, Ordering::Relaxed);
+                    tracing::debug!(error = %source, key, "an upload in parts failed, starting it again");
+                    tokio::time::sleep(jittered(PAUSE * 4)).await;
+                }
+                Err(source) => return Err(self.refusal(key, source)),
+            }
+        }
+        unreachable!("the last attempt returns")
+    }
+
+    async fn put_parts(&self, path: &Path, pieces: &[Bytes]) -> object_store::Result<()> {
+        let mut upload = self.inner.put_multipart(path).await?;
+        let parts = stream::iter(split(pieces, self.limits.part)).map(|part| {
+            self.counts.written.fetch_add(part.content_length() as u64, Ordering::Relaxed);
+            upload.put_part(part)
+        });
+        let sent = parts.buffer_unordered(self.limits.parallel).try_collect::<Vec<()>>().await;
+        let done = match sent {
+            Ok(_) => upload.complete().await.map(|_| ()),
+            Err(error) => Err(error),
+        };
+        if done.is_err() {
+            // What cannot be taken back now, the bucket's rule for incomplete uploads takes later.
+            let _ = upload.abort().await;
+        }
+        done
     }
 
     /// Makes sure that a name which was found on a local disk outlives a power cut: its writer may have died between
@@ -173,45 +303,111 @@ impl Store {
             return Ok(());
         };
         let synced = std::fs::File::open(dir).and_then(|dir| dir.sync_all());
-        synced.map_err(|e| refusal(key, object_store::Error::Generic { store: "LocalFileSystem", source: e.into() }))
+        synced.map_err(|e| self.refusal(key, local_error(e)))
     }
 
     /// All bytes of a key; none if it is not there.
     pub(super) async fn read(&self, key: &str) -> Result<Option<Bytes>> {
         let path = Path::from(key);
         let get = || async { self.inner.get(&path).await?.bytes().await };
-        match attempt(get).await {
-            Ok(bytes) => Ok(Some(bytes)),
-            Err(object_store::Error::NotFound { .. }) => Ok(None),
-            Err(source) => Err(refusal(key, source)),
+        let bytes = self.found(key, self.attempt(get).await)?;
+        if let Some(bytes) = &bytes {
+            self.counts.read.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         }
+        Ok(bytes)
+    }
+
+    /// As [`Store::read`], for an object that should have `length` bytes: a large one comes from a bucket in parts,
+    /// several at a time. One of another length is returned as it is.
+    pub(super) async fn read_large(&self, key: &str, length: u64) -> Result<Option<Bytes>> {
+        let part = self.limits.part as u64;
+        if self.local.is_some() || length <= 2 * part {
+            return self.read(key).await;
+        }
+        match self.size(key).await? {
+            Some(size) if size == length => {}
+            Some(_) => return self.read(key).await,
+            None => return Ok(None),
+        }
+        let path = Path::from(key);
+        let starts = (0..length).step_by(self.limits.part);
+        let mut parts = stream::iter(starts)
+            .map(|start| {
+                let (range, path) = (start..(start + part).min(length), &path);
+                self.attempt(move || self.inner.get_range(path, range.clone()))
+            })
+            .buffered(self.limits.parallel);
+        let mut whole = BytesMut::with_capacity(usize::try_from(length).expect("checked against the store"));
+        while let Some(bytes) = parts.next().await {
+            let Some(bytes) = self.found(key, bytes)? else { return Ok(None) };
+            self.counts.read.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            whole.extend_from_slice(&bytes);
+        }
+        Ok(Some(whole.freeze()))
     }
 
     pub(super) async fn exists(&self, key: &str) -> Result<bool> {
+        Ok(self.size(key).await?.is_some())
+    }
+
+    /// Length of an object; none if it is not there.
+    async fn size(&self, key: &str) -> Result<Option<u64>> {
         let path = Path::from(key);
-        match attempt(|| self.inner.head(&path)).await {
-            Ok(_) => Ok(true),
-            Err(object_store::Error::NotFound { .. }) => Ok(false),
-            Err(source) => Err(refusal(key, source)),
+        let head = self.found(key, self.attempt(|| self.inner.head(&path)).await)?;
+        Ok(head.map(|meta| meta.size))
+    }
+
+    /// Turns "not found" into nothing, unless it is the bucket that is not there.
+    fn found<T>(&self, key: &str, answer: object_store::Result<T>) -> Result<Option<T>> {
+        match answer {
+            Ok(found) => Ok(Some(found)),
+            Err(error @ object_store::Error::NotFound { .. }) if !address::no_bucket(&error) => Ok(None),
+            Err(source) => Err(self.refusal(key, source)),
         }
     }
 
     /// Deletes a key; it is fine if it is gone already.
     pub(super) async fn delete(&self, key: &str) -> Result<()> {
         let path = Path::from(key);
-        match attempt(|| self.inner.delete(&path)).await {
-            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
-            Err(source) => Err(refusal(key, source)),
-        }
+        self.found(key, self.attempt(|| self.inner.delete(&path)).await).map(|_| ())
     }
 
     /// Keys directly under a folder, with the time they were written.
     pub(super) async fn list(&self, folder: &str) -> Result<BTreeMap<String, Time>> {
         let path = Path::from(folder);
-        let list = attempt(|| self.inner.list(Some(&path)).try_collect::<Vec<_>>()).await;
-        let list = list.map_err(|source| refusal(folder, source))?;
+        let list = self.attempt(|| self.inner.list(Some(&path)).try_collect::<Vec<_>>()).await;
+        let list = list.map_err(|source| self.refusal(folder, source))?;
         let direct = list.into_iter().filter(|meta| meta.location.parts().count() == path.parts().count() + 1);
         Ok(direct.map(|meta| (meta.location.to_string(), Time(meta.last_modified.timestamp_millis()))).collect())
+    }
+
+    /// Makes a request again after a failure that may pass.
+    async fn attempt<T, F: Future<Output = object_store::Result<T>>>(
+        &self,
+        mut request: impl FnMut() -> F,
+    ) -> object_store::Result<T> {
+        let mut pause = PAUSE;
+        for _ in 1..self.limits.attempts {
+            match request().await {
+                Err(e) if may_pass(&e) => tracing::debug!(error = %e, "store did not answer, asking again"),
+                done => return done,
+            }
+            self.counts.retries.fetch_add(1, Ordering::Relaxed);
+            tokio::time::sleep(jittered(pause)).await;
+            pause *= 4;
+        }
+        request().await
+    }
+
+    pub(super) fn refusal(&self, key: &str, source: object_store::Error) -> Error {
+        let key = key.to_owned();
+        if is_full(&source) {
+            return Error::Full { key, source };
+        }
+        match address::advice(&source).filter(|_| self.local.is_none()) {
+            Some(advice) => Error::Refused { key, url: self.url.clone(), advice, source },
+            None => Error::Unavailable { key, source },
+        }
     }
 
     /// Numbers of the documents of a folder. Files with other names are not ours and are left alone.
@@ -226,37 +422,55 @@ impl Store {
         Ok(numbers)
     }
 
-    /// Staging files of all ages, for a store that nobody else writes to.
-    pub(super) fn sweep_all(&self) -> Result<usize> {
-        self.sweep(crate::clock::now()).map_err(|e| {
-            refusal("staging files", object_store::Error::Generic { store: "LocalFileSystem", source: e.into() })
-        })
+    /// Deletes staging files of all ages, of a store that nobody else writes to.
+    pub(super) async fn sweep_all(&self) -> Result<()> {
+        for key in self.staged(crate::clock::now())? {
+            self.clear(&key).await?;
+        }
+        Ok(())
     }
 
-    /// Staging files of a local store that a crash left behind, last written before `before`. Deletes them and returns
-    /// how many they were. Other stores have none.
-    pub(super) fn sweep(&self, before: Time) -> std::io::Result<usize> {
-        let Some(root) = &self.local else { return Ok(0) };
-        let mut folders = vec![root.join("objects"), root.join("manifests")];
+    /// Staging files of a local store that a crash left behind, last written before `before`. Other stores have none.
+    pub(super) fn staged(&self, before: Time) -> Result<Vec<String>> {
+        let Some(root) = &self.local else { return Ok(Vec::new()) };
+        let mut folders = vec!["objects".to_owned(), "manifests".to_owned(), "probe".to_owned()];
         if let Ok(channels) = std::fs::read_dir(root.join("channels")) {
-            folders.extend(channels.filter_map(|entry| entry.ok().map(|entry| entry.path())));
+            let names = channels.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+            folders.extend(names.map(|name| format!("channels/{name}")));
         }
-        let mut swept = 0;
-        for file in folders.iter().filter_map(|folder| std::fs::read_dir(folder).ok()).flatten() {
-            let file = file?;
-            let name = file.file_name();
-            let suffix = name.to_str().and_then(|name| name.rsplit_once('#')).map_or("", |(_, suffix)| suffix);
-            let staged = !suffix.is_empty() && suffix.bytes().all(|b| b.is_ascii_digit());
-            // A file that vanishes meanwhile was finished by its writer.
-            let Ok(written) = file.metadata().and_then(|meta| meta.modified()) else { continue };
-            let written = written.duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_millis() as i64);
-            if staged && Time(written) < before {
-                std::fs::remove_file(file.path())?;
-                swept += 1;
+        let mut staged = Vec::new();
+        for folder in folders {
+            let Ok(files) = std::fs::read_dir(root.join(&folder)) else { continue };
+            for file in files {
+                let file = file.map_err(|e| self.refusal(&folder, local_error(e)))?;
+                let Ok(name) = file.file_name().into_string() else { continue };
+                let suffix = name.rsplit_once('#').map_or("", |(_, suffix)| suffix);
+                let is_staged = !suffix.is_empty() && suffix.bytes().all(|b| b.is_ascii_digit());
+                // A file that vanishes meanwhile was finished by its writer.
+                let Ok(written) = file.metadata().and_then(|meta| meta.modified()) else { continue };
+                let written = written.duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_millis() as i64);
+                if is_staged && Time(written) < before {
+                    staged.push(format!("{folder}/{name}"));
+                }
             }
         }
-        Ok(swept)
+        Ok(staged)
     }
+
+    /// Deletes debris: also a file that is no object.
+    pub(super) async fn clear(&self, key: &str) -> Result<()> {
+        match &self.local {
+            None => self.delete(key).await,
+            Some(root) => match std::fs::remove_file(root.join(key)) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(self.refusal(key, local_error(e))),
+                _ => Ok(()),
+            },
+        }
+    }
+}
+
+fn local_error(error: std::io::Error) -> object_store::Error {
+    object_store::Error::Generic { store: "LocalFileSystem", source: error.into() }
 }
 
 /// Follows a channel: lists at the start, then asks for the next number.
@@ -336,19 +550,6 @@ fn number(key: &str) -> Option<u64> {
     (format!("{number:012}") == digits).then_some(number)
 }
 
-fn directory(url: &str) -> Result<PathBuf> {
-    let refuse = |reason: String| Err(Error::Address { url: url.to_owned(), reason });
-    match url.split_once("://") {
-        None if url.is_empty() => refuse("give a directory".to_owned()),
-        None => Ok(PathBuf::from(url)),
-        Some(("file", path)) if path.starts_with('/') => Ok(PathBuf::from(path)),
-        Some(("file", _)) => refuse("after `file://` comes an absolute path, `file:///srv/snapshots`".to_owned()),
-        Some((scheme, _)) => {
-            refuse(format!("`{scheme}` comes with object stores; this version knows a directory or `file://`"))
-        }
-    }
-}
-
 pub(super) fn document<D: Document>(key: &str, bytes: &[u8]) -> Result<D> {
     D::from_bytes(bytes).map_err(|source| Error::Corrupt {
         key: key.to_owned(),
@@ -357,25 +558,57 @@ pub(super) fn document<D: Document>(key: &str, bytes: &[u8]) -> Result<D> {
     })
 }
 
-/// Makes a request again after a failure that may pass.
-async fn attempt<T, F: Future<Output = object_store::Result<T>>>(
-    mut request: impl FnMut() -> F,
-) -> object_store::Result<T> {
-    let mut pause = PAUSE;
-    for _ in 1..ATTEMPTS {
-        match request().await {
-            Err(e) if may_pass(&e) => tracing::debug!(error = %e, "store did not answer, asking again"),
-            done => return done,
+/// A number that hardly comes twice. Nothing that is learned or written depends on it, but for names of probes.
+pub(super) fn random() -> u64 {
+    let mut hasher = RandomState::new().build_hasher();
+    hasher.write_u32(std::process::id());
+    hasher.write_i64(crate::clock::now().0);
+    hasher.finish()
+}
+
+/// A pause, half more or less by chance, so that writers and nodes do not come back all at once.
+fn jittered(pause: Duration) -> Duration {
+    pause.mul_f64(0.5 + (random() >> 11) as f64 / (1_u64 << 53) as f64)
+}
+
+/// Whether `pieces` one behind the other are `found`.
+fn same(found: &[u8], pieces: &[Bytes]) -> bool {
+    let length: usize = pieces.iter().map(Bytes::len).sum();
+    let mut rest = found;
+    length == found.len()
+        && pieces.iter().all(|piece| {
+            let (start, end) = rest.split_at(piece.len());
+            rest = end;
+            start == piece
+        })
+}
+
+/// Cuts `pieces` into payloads of `part` bytes each, the last one shorter. They share the bytes.
+fn split(pieces: &[Bytes], part: usize) -> Vec<PutPayload> {
+    let mut parts = Vec::new();
+    let mut open: Vec<Bytes> = Vec::new();
+    let mut room = part;
+    for piece in pieces {
+        let mut rest = piece.clone();
+        while !rest.is_empty() {
+            let taken = rest.split_to(room.min(rest.len()));
+            room -= taken.len();
+            open.push(taken);
+            if room == 0 {
+                parts.push(open.drain(..).collect());
+                room = part;
+            }
         }
-        tokio::time::sleep(pause).await;
-        pause *= 4;
     }
-    request().await
+    if !open.is_empty() {
+        parts.push(open.into_iter().collect());
+    }
+    parts
 }
 
 fn may_pass(error: &object_store::Error) -> bool {
     use object_store::Error as E;
-    matches!(error, E::Generic { .. } | E::JoinError { .. }) && !is_full(error)
+    matches!(error, E::Generic { .. } | E::JoinError { .. }) && !is_full(error) && address::advice(error).is_none()
 }
 
 fn is_full(error: &object_store::Error) -> bool {
@@ -387,9 +620,4 @@ fn is_full(error: &object_store::Error) -> bool {
         source = error.source();
     }
     false
-}
-
-fn refusal(key: &str, source: object_store::Error) -> Error {
-    let key = key.to_owned();
-    if is_full(&source) { Error::Full { key, source } } else { Error::Unavailable { key, source } }
 }

@@ -331,7 +331,7 @@ async fn wherever_a_publisher_dies_readers_see_a_whole_version_and_the_next_one_
             match publish(&mut next, batch).await.unwrap() {
                 Outcome::Published(version) => assert!(version.0 > highest, "after {writes} writes"),
                 Outcome::Behind { .. } => assert!(batch <= 2),
-                Outcome::Fenced { .. } | Outcome::Held(_) => panic!("nobody else is there, and no gate"),
+                Outcome::Fenced { .. } | Outcome::Pinned { .. } | Outcome::Held(_) => panic!("nobody else is there"),
             }
         }
         let snapshot = live(&store).await.unwrap();
@@ -566,7 +566,7 @@ async fn retention_keeps_what_is_needed_and_removes_the_debris_of_crashes() {
     let later = clock::now().plus(2 * 3600 * 1000);
     let removed = retain(&store, &plan, later).await.unwrap();
     assert_eq!(removed.versions, [1, 3, 4].map(Version));
-    assert_eq!((removed.objects.len(), removed.debris), (3, 1), "{removed:?}");
+    assert_eq!((removed.objects.len(), removed.debris.len()), (3, 1), "{removed:?}");
     assert!(!debris.exists() && !staging.exists());
     assert_eq!(versions(&store).await, [2, 5, 6]);
     for version in [2, 5, 6] {
@@ -592,8 +592,8 @@ async fn retention_deletes_nothing_while_a_kept_manifest_cannot_be_read() {
 
 #[test]
 fn an_address_or_setting_that_cannot_be_used_says_why() {
-    let error = Store::open("s3://bucket/models").unwrap_err().to_string();
-    assert!(error.contains("s3://bucket/models") && error.contains("comes with object stores"), "{error}");
+    let error = Store::open("hdfs://host/models").unwrap_err().to_string();
+    assert!(error.contains("hdfs://host/models") && error.contains("`hdfs://` is not known"), "{error}");
     let error = Store::open("/no/such/place").unwrap_err().to_string();
     assert!(error.contains("no such directory"), "{error}");
     assert!(Store::open("file://relative").unwrap_err().to_string().contains("absolute"));

