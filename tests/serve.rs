@@ -138,7 +138,7 @@ impl Shop {
         assert!(!golden.is_empty());
         let facts = Facts { batch: self.published, frontier_time: Some(Time(1_767_225_600_000)), ..Facts::default() };
         let published =
-            block_on(self.publisher.as_mut().unwrap().publish(Arc::new(weights), facts, &golden, None)).unwrap();
+            block_on(self.publisher.as_mut().unwrap().publish(&weights.into(), facts, &golden, None)).unwrap();
         let Outcome::Published(version) = published else { panic!("{published:?}") };
         version
     }

@@ -11,7 +11,7 @@ use crate::model;
 use crate::snapshot::codec;
 use crate::snapshot::gate;
 use crate::snapshot::manifest::PartitionPosition;
-use crate::snapshot::publish::Plan;
+use crate::snapshot::publish::{Content, Plan};
 use crate::snapshot::retain::retain;
 use crate::snapshot::store::Traffic;
 use crate::snapshot::towers::Towers;
@@ -310,14 +310,14 @@ impl Worker {
         let tables = table_counts(&model);
         let weights = weights(&self.model, model).map_err(|error| snapshot::Error::Unfit(error.to_string()))?;
         let golden = golden(job, &weights);
-        let weights = Arc::new(weights);
+        let content = Content::from(weights);
         let mut facts = facts(job, digests);
         facts.counts.extend(tables);
         self.report = self.judge(&job.fresh);
         let mut wait = Duration::from_millis(200);
         for attempt in 1.. {
             match self.runtime.block_on(self.publisher.publish(
-                Arc::clone(&weights),
+                &content,
                 facts.clone(),
                 &golden,
                 self.report.clone(),

@@ -335,8 +335,8 @@ mod tests {
         runtime.block_on(async {
             let model = ModelInfo { kind: "logistic".to_owned(), ..ModelInfo::default() };
             let mut publisher = Publisher::open(plan.open().unwrap(), &plan, "main", model).await.unwrap();
-            publisher.publish(std::sync::Arc::new(weights.clone()), facts(7), &golden, None).await.unwrap();
-            publisher.publish(std::sync::Arc::new(weights.clone()), facts(8), &golden, None).await.unwrap();
+            publisher.publish(&weights.clone().into(), facts(7), &golden, None).await.unwrap();
+            publisher.publish(&weights.clone().into(), facts(8), &golden, None).await.unwrap();
         });
     }
 

@@ -10,7 +10,9 @@ use std::ops::Range;
 use super::codec::{Arrays, Error, Result};
 use super::towers::{IDS as TOWER_IDS, ROWS as TOWER_ROWS, Towers, read_params};
 use super::vectors::Vectors;
-use super::weights::{IDS, INTERCEPT, WEIGHTS, Weights, ascending, push_weights, read_weights};
+use super::weights::{
+    IDS, INTERCEPT, WEIGHTS, Weights, ascending, find, push_weights, read_weights, round_vectors, round_weights,
+};
 use crate::model::tower::Pair;
 use crate::model::two_tower::names;
 
@@ -41,6 +43,12 @@ pub struct TowersDelta {
 }
 
 impl TowersDelta {
+    /// Rows touched, in f32, and rows removed, both ascending; all parameters of the layers as `pair` packs them.
+    #[must_use]
+    pub fn new(pair: Pair, ids: Vec<u64>, rows: Vectors, removed: Vec<u64>, params: Vec<f32>) -> Self {
+        Self { pair, ids, rows, removed, params }
+    }
+
     /// Ids of rows that are new or other, strictly ascending.
     #[must_use]
     pub fn ids(&self) -> &[u64] {
@@ -102,6 +110,39 @@ impl Delta {
         changed.iter().for_each(|&at| rows.extend(to.rows(), at..at + 1));
         let ids = changed.iter().map(|&at| to.ids()[at]).collect();
         Some(TowersDelta { pair: to.pair().clone(), ids, rows, removed, params: to.params().to_vec() })
+    }
+
+    /// What was touched since some version, in f32: it may hold rows that came to nothing, so [`Delta::against`] that version makes
+    /// it one to publish. Ids ascending, as in [`Weights::new`].
+    pub fn touched(
+        ids: Vec<u64>,
+        weights: Vec<f32>,
+        removed: Vec<u64>,
+        intercept: f32,
+        towers: Option<TowersDelta>,
+    ) -> Result<Self> {
+        sound(IDS, &ids, REMOVED, &removed)?;
+        finite(&ids, &weights, intercept)?;
+        if let Some(TowersDelta { ids, rows, removed, .. }) = &towers {
+            sound(TOWER_IDS, ids, TOWER_REMOVED, removed)?;
+            fit(ids, rows)?;
+        }
+        Ok(Self { ids, weights, half: false, removed, intercept, towers })
+    }
+
+    /// The same at the precision of `from`, without rows that are in `from` as they are and without those to be removed that are
+    /// not there: equal to [`Delta::between`] that and what comes of it.
+    pub fn against(&self, from: &Weights) -> Result<Self> {
+        let rounded = round_weights(&self.ids, &self.weights, from.half)?;
+        let old = |id: &u64| find(&from.ids, *id).map(|at| from.weights[at].to_bits());
+        let changed = self.ids.iter().zip(&rounded).filter(|(id, w)| old(id) != Some(w.to_bits()));
+        let (ids, weights) = changed.unzip();
+        let removed = self.removed.iter().copied().filter(|id| find(&from.ids, *id).is_some()).collect();
+        let towers = match (&self.towers, &from.towers) {
+            (Some(delta), Some(from)) => Some(delta.against(from)?),
+            _ => None,
+        };
+        Ok(Self { ids, weights, half: from.half, removed, intercept: self.intercept, towers })
     }
 
     /// The weights that come of `from`. Refuses a delta that was not made for them: one that removes what is not there, or has
@@ -190,12 +231,7 @@ impl Delta {
         }
         sound(IDS, &ids, REMOVED, &removed)?;
         let (weights, half) = read_weights(arrays, WEIGHTS)?;
-        if let Some(at) = weights.iter().position(|w| !w.is_finite()) {
-            return wrong(WEIGHTS, "finite", format!("{} at row {:016x}", weights[at], ids[at]));
-        }
-        if !intercept[0].is_finite() {
-            return wrong(INTERCEPT, "finite", intercept[0].to_string());
-        }
+        finite(&ids, &weights, intercept[0])?;
         let towers = towers.map(|pair| TowersDelta::from_arrays(arrays, pair)).transpose()?;
         let ours = |name: &str| {
             [IDS, WEIGHTS, REMOVED, INTERCEPT].contains(&name)
@@ -209,6 +245,18 @@ impl Delta {
 }
 
 impl TowersDelta {
+    fn against(&self, from: &Towers) -> Result<Self> {
+        let rounded = round_vectors(&self.ids, &self.rows, from.rows().precision())?;
+        let stays = |at: usize| find(from.ids(), self.ids[at]).is_some_and(|old| from.rows().same(old, &rounded, at));
+        let (mut ids, mut rows) = (Vec::new(), Vectors::new(rounded.dim(), rounded.precision()));
+        for at in (0..self.ids.len()).filter(|at| !stays(*at)) {
+            ids.push(self.ids[at]);
+            rows.extend(&rounded, at..at + 1);
+        }
+        let removed = self.removed.iter().copied().filter(|id| find(from.ids(), *id).is_some()).collect();
+        Ok(Self { pair: self.pair.clone(), ids, rows, removed, params: self.params.clone() })
+    }
+
     fn apply(&self, from: &Towers, default_rows: &[u64]) -> Result<Towers> {
         if self.rows.precision() != from.rows().precision() || self.rows.dim() != from.rows().dim() {
             return wrong(TOWER_ROWS, "like those of the version that it changes", "other vectors".to_owned());
@@ -244,12 +292,7 @@ impl TowersDelta {
         let (ids, removed) = (arrays.u64s(TOWER_IDS)?, arrays.u64s(TOWER_REMOVED)?);
         sound(TOWER_IDS, &ids, TOWER_REMOVED, &removed)?;
         let rows = Vectors::from_arrays(TOWER_ROWS, arrays)?;
-        if rows.len() != ids.len() {
-            return wrong(TOWER_ROWS, &format!("{} long, like `{TOWER_IDS}`", ids.len()), rows.len().to_string());
-        }
-        if let Some(at) = rows.unfit() {
-            return wrong(TOWER_ROWS, "finite", format!("a number that is not in row {:016x}", ids[at]));
-        }
+        fit(&ids, &rows)?;
         Ok(Self { pair: pair.clone(), ids, rows, removed, params: read_params(arrays, pair)? })
     }
 }
@@ -260,6 +303,28 @@ fn sound(name: &str, changed: &[u64], removed_name: &str, removed: &[u64]) -> Re
     ascending(removed_name, removed)?;
     match removed.iter().find(|id| changed.binary_search(id).is_ok()) {
         Some(id) => wrong(removed_name, &format!("rows that are not in `{name}`"), format!("{id:016x}")),
+        None => Ok(()),
+    }
+}
+
+/// Refuses numbers that are not finite, and one weight too few or too many.
+fn finite(ids: &[u64], weights: &[f32], intercept: f32) -> Result<()> {
+    if weights.len() != ids.len() {
+        return wrong(WEIGHTS, &format!("{} long, like `{IDS}`", ids.len()), weights.len().to_string());
+    }
+    if let Some(at) = weights.iter().position(|w| !w.is_finite()) {
+        return wrong(WEIGHTS, "finite", format!("{} at row {:016x}", weights[at], ids[at]));
+    }
+    if intercept.is_finite() { Ok(()) } else { wrong(INTERCEPT, "finite", intercept.to_string()) }
+}
+
+/// The same of vectors.
+fn fit(ids: &[u64], rows: &Vectors) -> Result<()> {
+    if rows.len() != ids.len() {
+        return wrong(TOWER_ROWS, &format!("{} long, like `{TOWER_IDS}`", ids.len()), rows.len().to_string());
+    }
+    match rows.unfit() {
+        Some(at) => wrong(TOWER_ROWS, "finite", format!("a number that is not in row {:016x}", ids[at])),
         None => Ok(()),
     }
 }
@@ -415,6 +480,7 @@ mod tests {
             versions in prop::collection::vec((steps(), steps(), -1f32..1.0), 1..6),
             precision in prop_oneof![Just(Precision::F32), Just(Precision::F16), Just(Precision::Int8)],
             with_towers: bool,
+            noise: u64,
         ) {
             let (mut logistic, mut vectors) = (Table::new(), Table::new());
             DEFAULTS.iter().for_each(|id| _ = vectors.insert(*id, [0.5; DIM]));
@@ -433,6 +499,31 @@ mod tests {
                 let followed = again.apply(&followed).unwrap();
                 let bytes = |weights: &Weights| weights.to_arrays().encode("test/1").unwrap().to_vec();
                 prop_assert_eq!(bytes(&followed), bytes(&full));
+                // Whatever was touched besides, and whatever else is said to be gone, the delta is the same.
+                let exact = model(&logistic, &vectors, *dense, Precision::F32, with_towers);
+                let some = |at: usize| noise & (1 << (at % 64)) != 0;
+                let of = |ids: &[u64], changed: &[u64]| -> Vec<usize> {
+                    (0..ids.len()).filter(|at| some(*at) || changed.contains(&ids[*at])).collect()
+                };
+                let touched = of(exact.ids(), delta.ids());
+                let more = |removed: &[u64], there: &[u64]| -> Vec<u64> {
+                    let more = (1u64..60).map(|id| id << 56 | 1).filter(|id| some(*id as usize >> 3) && !there.contains(id));
+                    let all: std::collections::BTreeSet<u64> = removed.iter().copied().chain(more).collect();
+                    all.into_iter().collect()
+                };
+                let towers = exact.towers().zip(delta.towers()).map(|(towers, delta)| {
+                    let touched = of(towers.ids(), delta.ids());
+                    let mut rows = Vectors::new(DIM, Precision::F32);
+                    touched.iter().for_each(|&at| rows.extend(towers.rows(), at..at + 1));
+                    let ids = touched.iter().map(|&at| towers.ids()[at]).collect();
+                    let removed = more(delta.removed(), towers.ids());
+                    TowersDelta::new(towers.pair().clone(), ids, rows, removed, towers.params().to_vec())
+                });
+                let ids = touched.iter().map(|&at| exact.ids()[at]).collect();
+                let weights = touched.iter().map(|&at| exact.weights()[at]).collect();
+                let removed = more(delta.removed(), exact.ids());
+                let rough = Delta::touched(ids, weights, removed, exact.intercept(), towers).unwrap();
+                prop_assert_eq!(&rough.against(&before).unwrap(), &delta);
                 // It names what differs, and nothing else.
                 let differ = |id: &u64| before.ids().binary_search(id).map(|at| before.weights()[at].to_bits())
                     != full.ids().binary_search(id).map(|at| full.weights()[at].to_bits());

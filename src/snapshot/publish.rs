@@ -111,6 +111,21 @@ pub fn check_channel(name: &str) -> Result<()> {
     })
 }
 
+/// What is to be published.
+#[derive(Clone, Debug)]
+pub enum Content {
+    /// All weights, in f32.
+    Whole(Arc<Weights>),
+    /// What was touched, in f32, since a batch, which must be the one that [`Publisher::acknowledged`] names.
+    Changes { since: u64, touched: Arc<Delta> },
+}
+
+impl From<Weights> for Content {
+    fn from(weights: Weights) -> Self {
+        Self::Whole(Arc::new(weights))
+    }
+}
+
 /// How a publish ended when nothing failed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Outcome {
@@ -170,6 +185,7 @@ struct Base {
     /// As they were published.
     weights: Arc<Weights>,
     frontier: Option<Time>,
+    batch: u64,
     /// The full at the start of its chain, the deltas since, and their bytes.
     full: Version,
     number: u32,
@@ -222,6 +238,12 @@ impl Publisher {
         self.newest
     }
 
+    /// The last batch of the version that this process published last: what was touched since makes the next.
+    #[must_use]
+    pub fn acknowledged(&self) -> Option<u64> {
+        self.base.as_ref().map(|base| base.batch)
+    }
+
     /// Publishes a version. Payload first, then the manifest, which is the commit point, then the channel's entry; each is
     /// created only if absent. `golden` are fresh examples with the logits of the live model. What is written are the
     /// logits of the rounded weights, and how far the two lie apart; it is an error if they do where nothing was rounded.
@@ -230,7 +252,7 @@ impl Publisher {
     /// newer weights. A version whose manifest was written and whose entry was not is not used again.
     pub async fn publish(
         &mut self,
-        exact: Arc<Weights>,
+        content: &Content,
         facts: Facts,
         golden: &[Golden],
         gate: Option<gate::Report>,
@@ -244,16 +266,29 @@ impl Publisher {
             return Ok(Outcome::Behind { newest });
         }
         let unfit = |e: codec::Error| Error::Unfit(e.to_string());
-        let weights = match self.precision {
-            Precision::F32 => exact,
-            rounded => Arc::new(exact.rounded(rounded).map_err(unfit)?),
+        let base = self.base.as_ref();
+        let (weights, delta) = match content {
+            Content::Whole(exact) => {
+                let weights = match self.precision {
+                    Precision::F32 => Arc::clone(exact),
+                    rounded => Arc::new(exact.rounded(rounded).map_err(unfit)?),
+                };
+                let delta = base.and_then(|base| Delta::between(&base.weights, &weights));
+                (weights, delta)
+            }
+            Content::Changes { since, touched } => {
+                let Some(base) = base.filter(|base| base.batch == *since) else {
+                    return Err(Error::Unfit(format!("the changes since batch {since} lead on from no version")));
+                };
+                let delta = touched.against(&base.weights).map_err(unfit)?;
+                (Arc::new(delta.apply(&base.weights).map_err(unfit)?), Some(delta))
+            }
         };
         let rounding = self.rounding(&weights, golden)?;
         let golden = golden.iter().map(|g| Golden::new(&g.slots(), weights.logit(&g.slots()))).collect();
 
         let full = weights.to_arrays().encode(PAYLOAD_FORMAT).map_err(unfit)?;
-        let delta = self.delta(&weights, &full).await?;
-        let (encoded, link) = match delta {
+        let (encoded, link) = match self.delta(delta, &full).await? {
             Some((encoded, link)) => (encoded, Some(link)),
             None => (full, None),
         };
@@ -295,9 +330,9 @@ impl Publisher {
             self.base = Some(match (link, self.base.take()) {
                 (Some(link), Some(base)) => {
                     let bytes = base.bytes + object.length;
-                    Base { version, digest, weights, frontier, full: link.full, number: link.number, bytes }
+                    Base { version, digest, weights, frontier, batch, full: link.full, number: link.number, bytes }
                 }
-                _ => Base { version, digest, weights, frontier, full: version, number: 0, bytes: 0 },
+                _ => Base { version, digest, weights, frontier, batch, full: version, number: 0, bytes: 0 },
             });
         }
         Ok(outcome)
@@ -345,10 +380,10 @@ impl Publisher {
         Ok(golden.iter().map(distance).fold(0.0, f32::max))
     }
 
-    /// The delta from the last version that this process published, if one is to be published instead of `full`.
-    async fn delta(&self, weights: &Weights, full: &Encoded) -> Result<Option<(Encoded, Link)>> {
+    /// The payload of a delta from the last version that this process published, if it is to be published instead of `full`.
+    async fn delta(&self, delta: Option<Delta>, full: &Encoded) -> Result<Option<(Encoded, Link)>> {
         let Some(base) = self.base.as_ref().filter(|base| base.number < self.deltas) else { return Ok(None) };
-        let Some(delta) = Delta::between(&base.weights, weights) else { return Ok(None) };
+        let Some(delta) = delta else { return Ok(None) };
         let encoded = delta.to_arrays().encode(DELTA_FORMAT).map_err(|e| Error::Unfit(e.to_string()))?;
         // Other writers' versions may have pushed ours out of what retention keeps.
         if !decide::is_worth(base.bytes + encoded.length, full.length)

@@ -204,7 +204,7 @@ async fn try_open(store: &Store) -> super::Result<Publisher> {
 
 async fn publish(publisher: &mut Publisher, batch: u64) -> super::Result<Outcome> {
     let weights = weights(batch);
-    publisher.publish(Arc::new(weights.clone()), facts(batch), &golden(&weights), None).await
+    publisher.publish(&weights.clone().into(), facts(batch), &golden(&weights), None).await
 }
 
 fn memory() -> Arc<dyn ObjectStore> {
@@ -353,7 +353,7 @@ async fn after_a_restart_nothing_is_published_twice_or_backwards() {
     assert_eq!(publish(&mut second, 11).await.unwrap(), Outcome::Published(Version(2)));
     let mut other = Publisher::open(store.clone(), &plan(), "other", ModelInfo::default()).await.unwrap();
     let weights = weights(1);
-    let outcome = other.publish(Arc::new(weights), facts(1), &[], None).await.unwrap();
+    let outcome = other.publish(&weights.into(), facts(1), &[], None).await.unwrap();
     assert_eq!(outcome, Outcome::Published(Version(3)), "another lineage has batches of its own");
 }
 
@@ -392,7 +392,7 @@ async fn the_same_weights_are_one_object() {
     let store = Store::over(memory());
     for batch in 1..=2 {
         // Each begins with a full.
-        open(&store).await.publish(Arc::new(weights(7)), facts(batch), &[], None).await.unwrap();
+        open(&store).await.publish(&weights(7).into(), facts(batch), &[], None).await.unwrap();
     }
     assert_eq!(store.list("objects").await.unwrap().len(), 1);
     assert_eq!(versions(&store).await, [1, 2]);
@@ -404,7 +404,7 @@ async fn a_model_that_differs_from_its_export_is_not_published() {
     let mut publisher = open(&store).await;
     let mut golden = golden(&weights(1));
     golden[0].logit += 0.001;
-    let error = publisher.publish(Arc::new(weights(1)), facts(1), &golden, None).await.unwrap_err();
+    let error = publisher.publish(&weights(1).into(), facts(1), &golden, None).await.unwrap_err();
     assert!(error.to_string().contains("golden vector 0"), "{error}");
     assert_eq!(versions(&store).await, [0u64; 0]);
 }
@@ -533,7 +533,7 @@ async fn a_payload_name_that_holds_other_bytes_stops_the_publish() {
     let object = live(&store).await.unwrap().manifest.objects[0].name.clone();
     std::fs::write(dir.path().join(&object), "torn").unwrap();
     let mut publisher = open(&store).await;
-    let error = publisher.publish(Arc::new(weights(2)), facts(3), &[], None).await.unwrap_err();
+    let error = publisher.publish(&weights(2).into(), facts(3), &[], None).await.unwrap_err();
     assert!(matches!(&error, Error::Collision { key } if *key == object), "{error}");
     assert_eq!(error.remedy(), Remedy::Stop);
 }
@@ -547,7 +547,7 @@ async fn retention_keeps_what_is_needed_and_removes_the_debris_of_crashes() {
     let mut publisher = open(&store).await;
     // Version 6 has the weights of version 1, so its payload is an old one.
     for (batch, seed) in (1..=6).zip([1, 2, 3, 4, 5, 1]) {
-        publisher.publish(Arc::new(weights(seed)), facts(batch), &[], None).await.unwrap();
+        publisher.publish(&weights(seed).into(), facts(batch), &[], None).await.unwrap();
     }
     let other = Settings { channel: "held".to_owned(), ..Settings::default() }.check().unwrap();
     drop(Publisher::open(store.clone(), &other, "main", ModelInfo::default()).await.unwrap());
@@ -630,7 +630,7 @@ fn grown(batch: u64) -> Weights {
 
 async fn publish_grown(publisher: &mut Publisher, batch: u64) -> super::Result<Outcome> {
     let weights = grown(batch);
-    publisher.publish(Arc::new(weights.clone()), facts(batch), &golden(&weights), None).await
+    publisher.publish(&weights.clone().into(), facts(batch), &golden(&weights), None).await
 }
 
 async fn manifest(store: &Store, version: u64) -> super::Manifest {
@@ -794,7 +794,7 @@ async fn rounded_rows_are_published_with_the_distance_that_rounding_made() {
         let exact = weights(7);
         let third: Vec<f32> = exact.weights().iter().map(|w| w / 3.0).collect();
         let exact = Weights::new(exact.ids().to_vec(), third, -3.0, exact.default_rows().to_vec()).unwrap();
-        publisher.publish(Arc::new(exact.clone()), facts(1), &golden(&exact), None).await.unwrap();
+        publisher.publish(&exact.clone().into(), facts(1), &golden(&exact), None).await.unwrap();
         let snapshot = live(&store).await.unwrap();
         assert_ne!(snapshot.weights, exact);
         assert_eq!(snapshot.weights, exact.rounded(precision).unwrap());
@@ -814,7 +814,7 @@ async fn a_version_that_the_gate_held_is_kept_and_named_and_what_was_published_b
         ..super::gate::form_only("its log loss is greater")
     };
     let weights = grown(2);
-    let outcome = publisher.publish(Arc::new(weights), facts(2), &[], Some(held.clone())).await.unwrap();
+    let outcome = publisher.publish(&weights.into(), facts(2), &[], Some(held.clone())).await.unwrap();
     assert_eq!(outcome, Outcome::Held(Version(2)));
     assert_eq!(live(&store).await.unwrap().manifest.version, Version(1));
     assert_eq!(store.latest("live-held").await.unwrap().unwrap().version, Some(Version(2)));

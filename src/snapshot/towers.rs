@@ -4,7 +4,7 @@
 use std::cell::RefCell;
 
 use super::codec::{Arrays, Error, Result};
-use super::vectors::{Precision, Vectors};
+use super::vectors::Vectors;
 use super::weights::{ascending, find};
 use crate::event::Slot;
 use crate::model::tower::{Activation, MOST_LAYERS, Pair, WIDEST, Work};
@@ -67,10 +67,10 @@ impl Towers {
         Ok(Self { layout, plan, pair, ids, rows, params, defaults })
     }
 
-    /// The same towers with their vectors rounded. An error is a row, and its number, that f16 cannot hold.
-    pub(super) fn rounded(&self, precision: Precision) -> std::result::Result<Self, (u64, f32)> {
-        let rows = self.rows.rounded(precision).map_err(|(at, found)| (self.ids[at], found))?;
-        Ok(Self { rows, ..self.clone() })
+    /// The same towers with their vectors at another precision.
+    pub(super) fn with_rows(&self, rows: Vectors) -> Self {
+        let Self { layout, plan, pair, ids, params, defaults, .. } = self.clone();
+        Self { layout, plan, pair, ids, rows, params, defaults }
     }
 
     /// What the towers add to the logit of an encoded example.

@@ -4,7 +4,7 @@ use half::f16;
 
 use super::codec::{Arrays, Dtype, Error, Result};
 use super::manifest::Golden;
-use super::towers::Towers;
+use super::towers::{ROWS, Towers};
 use super::vectors::{Precision, Vectors};
 use crate::event::Slot;
 
@@ -59,22 +59,12 @@ impl Weights {
 
     /// The same model with its rows rounded. An error names a row that f16 cannot hold.
     pub fn rounded(&self, precision: Precision) -> Result<Self> {
-        let past = |name: &str, row: u64, found: f32| {
-            let expected =
-                format!("within what f16 holds, 65504 (row {row:016x}; `snapshots.precision = \"f32\"` holds more)");
-            Error::Wrong { name: name.to_owned(), expected, found: found.to_string() }
-        };
-        let ids = self.ids.clone();
         let half = precision != Precision::F32;
-        let numbers = Vectors::exact(1, self.weights.clone());
-        let weights = match numbers.rounded(if half { Precision::F16 } else { Precision::F32 }) {
-            Ok(rounded) => rounded.to_f32(),
-            Err((at, found)) => return Err(past(WEIGHTS, ids[at], found)),
-        };
-        let rounded = Self::new(ids, weights, self.intercept, self.default_rows.clone())?.of_halves(half);
+        let numbers = round_weights(&self.ids, &self.weights, half)?;
+        let rounded = Self::new(self.ids.clone(), numbers, self.intercept, self.default_rows.clone())?.of_halves(half);
         let Some(towers) = &self.towers else { return Ok(rounded) };
-        let towers = towers.rounded(precision).map_err(|(row, found)| past("embedding.rows", row, found))?;
-        Ok(rounded.with_towers(towers))
+        let rows = round_vectors(towers.ids(), towers.rows(), precision)?;
+        Ok(rounded.with_towers(towers.with_rows(rows)))
     }
 
     pub(super) fn of_halves(self, half: bool) -> Self {
@@ -234,6 +224,27 @@ pub(super) fn ascending(name: &str, ids: &[u64]) -> Result<()> {
         return Ok(());
     };
     Err(Error::Wrong { name: name.to_owned(), expected: expected.to_owned(), found })
+}
+
+/// Weights as numbers of f16, if `half`.
+pub(super) fn round_weights(ids: &[u64], weights: &[f32], half: bool) -> Result<Vec<f32>> {
+    if !half {
+        return Ok(weights.to_vec());
+    }
+    match Vectors::exact(1, weights.to_vec()).rounded(Precision::F16) {
+        Ok(rounded) => Ok(rounded.to_f32()),
+        Err((at, found)) => Err(past_f16(WEIGHTS, ids[at], found)),
+    }
+}
+
+/// Vectors at another precision.
+pub(super) fn round_vectors(ids: &[u64], rows: &Vectors, precision: Precision) -> Result<Vectors> {
+    rows.rounded(precision).map_err(|(at, found)| past_f16(ROWS, ids[at], found))
+}
+
+fn past_f16(name: &str, row: u64, found: f32) -> Error {
+    let expected = format!("within what f16 holds, 65504 (row {row:016x}; `snapshots.precision = \"f32\"` holds more)");
+    Error::Wrong { name: name.to_owned(), expected, found: found.to_string() }
 }
 
 /// Adds weights, of which `half` says that they are numbers of f16.
