@@ -67,7 +67,7 @@ fn model() -> Logistic {
     let rows = Rows { ids, w: vec![0.0; len], n: vec![0.0; len], z: None, touched: vec![0; len] };
     let settings = Settings { prior_ctr: Some(0.05), ..Settings::default() };
     let defaults = (0..FEATURES).map(|feature| id(feature, u64::from(u32::MAX))).collect();
-    Logistic::from_state(settings.check(13).unwrap(), defaults, State { rows, ..State::default() }).unwrap()
+    Logistic::from_state(settings.check(13, 5).unwrap(), defaults, State { rows, ..State::default() }).unwrap()
 }
 
 fn pass(bencher: divan::Bencher<'_, '_>, observe: bool) {

@@ -71,7 +71,7 @@ fn main() {
     let defaults: Vec<u64> = (0..FEATURES).map(|feature| id(feature, u64::from(u32::MAX))).collect();
     let state = State { rows, params, dense, ..State::default() };
     let mut towers = TwoTower::from_state(checked, defaults.clone(), threads, state).unwrap();
-    let mut logistic = Logistic::new(logistic::Settings::default().check(12).unwrap(), defaults);
+    let mut logistic = Logistic::new(logistic::Settings::default().check(12, 5).unwrap(), defaults);
 
     let (mut outcomes, mut batch, mut best) = (Vec::new(), 0, 0.0f64);
     let began = Instant::now();

@@ -216,13 +216,15 @@ class Towers:
         (activation,) = take("towers.activation", "uint8", (1,))
         require(activation in (0, 1), key, f"has the activation {activation}, this reader knows 0 and 1")
         self.activation = np.tanh if activation else lambda z: np.maximum(z, np.float32(0))
+        shares = "towers.keys" in arrays
+        self.keys = take("towers.keys", "uint64", sides.shape) if shares else np.zeros(len(sides), np.uint64)
         self.columns = {}  # feature -> (tower, first column, position of its default row)
         widths = {1: 0, 2: 0}
         for feature, side in enumerate(sides):
             if side == 0:
                 continue
             require(side in widths, key, f"has a feature of tower {side}, this reader knows 1 and 2")
-            default = self.find(default_rows[feature])
+            default = self.find(self.vector(feature, default_rows[feature]))
             require(default is not None, key, f"has no default vector for feature {feature}")
             self.columns[feature] = (int(side), widths[side], default)
             widths[side] += dim
@@ -256,13 +258,17 @@ class Towers:
         at = int(np.searchsorted(self.ids, np.uint64(row)))
         return at if at < len(self.ids) and self.ids[at] == row else None
 
+    def vector(self, feature, row):
+        """The id of the vector of a row: features that share an embedding differ by their keys alone."""
+        return int(row) ^ int(self.keys[feature]) or 1
+
     def product(self, slots):
         inputs = {side: np.zeros(width, np.float32) for side, width in self.widths.items()}
         for feature, row, value in (slot[:3] for slot in slots):
             if feature not in self.columns:
                 continue
             side, column, default = self.columns[feature]
-            own = self.find(row)
+            own = self.find(self.vector(feature, row))
             vector = self.rows[default if own is None else own]
             inputs[side][column : column + len(vector)] += np.float32(value) * vector
         u, v = (self.says(self.layers[side], inputs[side]) for side in (1, 2))

@@ -162,13 +162,18 @@ class Feature:
         self.bins = settings.get("bins", [])
         self.log = settings.get("log", False)
         self.max_len = settings.get("max_len", 64)
-        self.seed = seed_of(self.name)
+        embedding = settings.get("embedding")
+        self.seed = seed_of(embedding or self.name)
+        self.key = seed_of(self.name) if embedding else 0
+
+    def row(self, text: bytes) -> int:
+        return row_of(text, self.seed) ^ self.key or 1
 
     def slot(self, text: str, value: float = 1.0) -> Slot:
-        return Slot(self.index, row_of(text.encode(), self.seed), value, False)
+        return Slot(self.index, self.row(text.encode()), value, False)
 
     def missing(self) -> Slot:
-        return Slot(self.index, row_of(b"\xff", self.seed), 1.0, True)
+        return Slot(self.index, self.row(b"\xff"), 1.0, True)
 
     def encode(self, v: Any) -> list[Slot]:
         if self.kind in ("multi", "sequence"):
@@ -238,7 +243,11 @@ class Schema:
 
     def default_row(self, i: int) -> int:
         """The row that an id without a row of its own contributes."""
-        return row_of(b"\xfe", seed_of(self.name(i)))
+        return self.features[i].row(b"\xfe") if i < len(self.features) else row_of(b"\xfe", seed_of(self.name(i)))
+
+    def vector(self, i: int, row: int) -> int:
+        """The id of the vector that a row of a feature has in the towers."""
+        return row ^ self.features[i].key or 1
 
     def encode(self, record: dict, element: Any = None, at_serving: bool = False) -> list[Slot]:
         """The slots of a record, or of one element of its exploded array."""

@@ -226,7 +226,7 @@ impl ModelSettings {
     fn check(&mut self, schema: &Schema, job: &JobSettings) -> Result<model::Checked, Error> {
         // Spelled out, so that checkpoints and manifests say what was used.
         self.logistic.a = Some(self.logistic.rate(schema.len()));
-        let logistic = self.logistic.check(schema.len())?;
+        let logistic = self.logistic.check(schema.len(), job.seed)?;
         let feature = |i| two_tower::Feature {
             side: match schema.tower(i) {
                 Tower::User => Some(Side::User),
@@ -234,6 +234,7 @@ impl ModelSettings {
                 Tower::None => None,
             },
             presentation: schema.is_presentation(i),
+            key: schema.embedding_key(i),
         };
         let towers = match self.kind {
             ModelKind::Logistic => None,

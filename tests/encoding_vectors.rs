@@ -91,7 +91,7 @@ fn numbers_are_as_documented() {
 
 #[test]
 fn whole_records_are_as_documented() {
-    for name in ["record_plain", "record_bags"] {
+    for name in ["record_plain", "record_bags", "record_shared"] {
         let blocks: Vec<_> = after(name).split("```").skip(1).step_by(2).collect();
         let [schema, record, slots] = blocks[..] else { panic!("three blocks after {name}") };
         let schema = Schema::from_json(schema.trim_start_matches("json")).unwrap();

@@ -54,6 +54,7 @@ fn model(with_towers: bool) -> Model {
         let side = |i| (i < 6).then_some(if i < 3 { Side::User } else { Side::Item });
         let layout = two_tower::Layout {
             sides: (0..schema.len()).map(side).collect(),
+            keys: vec![0; schema.len()],
             dim: 16,
             layers: vec![64, 32],
             activation: Activation::Relu,

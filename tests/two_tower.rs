@@ -2,7 +2,10 @@
 
 mod common;
 
+use std::path::Path;
+
 use common::{Job, generate, outcome, train_through_kills};
+use tempfile::TempDir;
 use tidemill::event::{Chunk, Stream};
 use tidemill::feature::Schema;
 use tidemill::position::Fingerprint;
@@ -12,6 +15,40 @@ use tidemill::source::decode::{Decoder, RecordSettings};
 
 const DISTURBED: &[&str] =
     &["-n", "6000", "--partitions", "2", "--disorder", "2s", "--duplicates", "0.02", "--garbage", "0.003"];
+
+/// A generated stream whose impressions also say what their user has seen before: the items of three others.
+fn stream(options: &[&str]) -> TempDir {
+    let dir = generate(options);
+    let mut seen: Vec<String> = Vec::new();
+    rewrite(&dir.path().join("in"), |_, record| {
+        record["seen"] = seen.iter().rev().take(3).cloned().collect();
+        seen.extend(record["item"]["id"].as_str().map(str::to_owned));
+    });
+    dir
+}
+
+/// Changes each impression that is one, in place; `change` also hears which line it is of all.
+fn rewrite(folder: &Path, mut change: impl FnMut(usize, &mut serde_json::Value)) {
+    let mut number = 0;
+    let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    for file in files.iter().filter(|file| file.file_name().unwrap().to_string_lossy().starts_with("impressions")) {
+        let text = std::fs::read(file).unwrap();
+        let mut lines: Vec<Vec<u8>> = Vec::new();
+        for line in text.split(|b| *b == b'\n').filter(|line| !line.is_empty()) {
+            number += 1;
+            lines.push(match serde_json::from_slice(line) {
+                Ok(mut record @ serde_json::Value::Object(_)) => {
+                    change(number, &mut record);
+                    record.to_string().into_bytes()
+                }
+                _ => line.to_vec(),
+            });
+        }
+        lines.push(Vec::new());
+        std::fs::write(file, lines.join(&b'\n')).unwrap();
+    }
+}
 
 /// A job whose features have towers, with every part of the model switched on.
 fn job(input: &std::path::Path) -> Job {
@@ -25,14 +62,16 @@ fn job(input: &std::path::Path) -> Job {
         [model.two_tower.embeddings.decay]\nper = \"20s\"\nfloor = 0.0\n\n[model.logistic]";
     job.edit("[model.logistic]", towers);
     job.edit("examples = 64", "examples = 300");
-    // Ids without end: every impression brings a new one.
-    job.edit("[[crosses]]", "[[features]]\nname = \"trace\"\nfrom = \"id\"\ntower = \"user\"\n[[crosses]]");
+    // Ids without end: every impression brings a new one. And one vector an item, whichever tower names it.
+    let more = "[[features]]\nname = \"trace\"\nfrom = \"id\"\ntower = \"user\"\n\
+        [[features]]\nname = \"seen\"\nkind = \"sequence\"\ntower = \"user\"\nembedding = \"item_id\"\n[[crosses]]";
+    job.edit("[[crosses]]", more);
     job
 }
 
 #[test]
 fn the_number_of_threads_does_not_show() {
-    let input = generate(DISTURBED);
+    let input = stream(DISTURBED);
     let runs = ["1", "2", "4"].map(|threads| {
         let (decode, learn) = (format!("job.decode_threads={threads}"), format!("job.learn_threads={threads}"));
         let done = job(&input.path().join("in")).train(&["--until-end", "--set", &decode, "--set", &learn]);
@@ -45,21 +84,57 @@ fn the_number_of_threads_does_not_show() {
 
 #[test]
 fn a_job_killed_at_random_moments_ends_in_the_bytes_of_one_that_never_was() {
-    let input = generate(DISTURBED);
-    let new = || job(&input.path().join("in"));
+    let input = stream(DISTURBED);
+    // Ids that come several times and never again: in the first half of each file so many that rows are evicted, in the
+    // second so few that they expire. And now and then an example that no model can learn from.
+    rewrite(&input.path().join("in"), |line, record| {
+        let session = if line % 3000 < 1500 { line / 2 } else { 100_000 + line / 40 };
+        (record["session"], record["visit"]) = (session.into(), session.into());
+        if line % 700 == 699 {
+            (record["load"], record["size"]) = (1e6.into(), (-1e6).into());
+        }
+    });
+    let new = || {
+        let job = job(&input.path().join("in"));
+        let count = "count = { occurrences = 2, bytes = 65536, per = \"20s\" }\n";
+        let table = format!("expire_after = \"24s\"\ncapacity = 1024\n{count}");
+        job.edit("expire_after = \"24s\"\ncapacity = 1024\n", &table);
+        job.edit("prior_ctr = 0.1", &format!("prior_ctr = 0.1\n[model.logistic.table]\nadmit = 0.8\n{table}"));
+        // Centred, the towers would bear numbers of any size.
+        job.edit("layer_norm = true", "layer_norm = false");
+        let feature = |name: &str, tower: &str, kind: &str| {
+            format!("[[features]]\nname = \"{name}\"\ntower = \"{tower}\"\n{kind}\n")
+        };
+        let features =
+            [("session", "user", ""), ("visit", "item", "")].map(|(name, tower, kind)| feature(name, tower, kind));
+        let number = "kind = \"numeric\"\nas = \"value\"";
+        let numbers = [feature("load", "user", number), feature("size", "item", number)];
+        job.edit("[[crosses]]", &format!("{}{}[[crosses]]", features.concat(), numbers.concat()));
+        job
+    };
     let undisturbed = new().train(&["--until-end"]);
-    let (ends, _) = train_through_kills(10, 77, new);
+    let (ends, last) = train_through_kills(10, 77, new);
     println!("{} jobs", ends.len());
     for killed in &ends {
         assert_eq!(outcome(&undisturbed), outcome(killed));
     }
     assert!(ends.iter().any(|end| end["resumed"] == true), "no job was killed after its first checkpoint");
-    // Admission, expiry and eviction were all at work.
-    let ids = &undisturbed["tables"]["embedding"];
-    for what in ["admitted", "refused", "expired", "evicted"] {
-        assert!(ids[what].as_u64().unwrap() > 0, "{what}: {ids}");
+    // Admission, expiry, eviction and quarantine were all at work.
+    for table in ["logistic", "embedding"] {
+        let ids = |summary: &serde_json::Value| {
+            let figures = &summary["tables"][table];
+            ["admitted", "refused", "expired", "evicted", "rows"].map(|what| figures[what].as_u64().unwrap())
+        };
+        let expected = ids(&undisturbed);
+        assert!(expected.iter().all(|n| *n > 0), "{table}: {expected:?}");
+        assert!(expected[4] <= 1024, "{table}: {expected:?}");
+        assert!(ends.iter().all(|killed| ids(killed) == expected), "{table}");
     }
-    assert!(ids["rows"].as_u64().unwrap() <= 1024);
+    let quarantined = undisturbed["counts"]["quarantined"].as_u64().unwrap();
+    assert!(quarantined > 0, "{}", undisturbed["counts"]);
+    let letters = std::fs::read_to_string(last.path("dead-letters.jsonl")).unwrap();
+    let poisoned = letters.lines().filter(|line| line.contains("quarantined"));
+    assert!(poisoned.count() as u64 >= quarantined, "each has a dead letter");
 }
 
 #[test]
@@ -87,7 +162,7 @@ fn load(job: &Job) -> Snapshot {
 
 #[test]
 fn a_node_s_score_is_bit_for_bit_that_of_the_snapshot_one_candidate_or_many() {
-    let input = generate(&["-n", "5000"]);
+    let input = stream(&["-n", "5000"]);
     let job = job(&input.path().join("in"));
     job.train(&["--until-end"]);
     let snapshot = load(&job);
@@ -101,7 +176,7 @@ fn a_node_s_score_is_bit_for_bit_that_of_the_snapshot_one_candidate_or_many() {
         Decoder::new(Stream::Impressions, &RecordSettings::default(), Some(&schema), false).unwrap().at_serving();
     let mut expected = |user: &serde_json::Value, record: &serde_json::Value| {
         let mut record = record.clone();
-        (record["user"], record["id"]) = (user.clone(), "x".into());
+        (record["user"], record["id"], record["seen"]) = (user.clone(), "x".into(), records[70]["seen"].clone());
         let mut chunk = Chunk::default();
         decoder.decode(record.to_string().as_bytes(), 0, Fingerprint::NONE, &mut chunk);
         snapshot.logit(chunk.slots_of(&chunk.records[0]))
@@ -113,7 +188,7 @@ fn a_node_s_score_is_bit_for_bit_that_of_the_snapshot_one_candidate_or_many() {
         // The user stands in the context, and once more in every candidate, where the user tower must run for each.
         for own in [false, true] {
             let context =
-                serde_json::json!({ "id": "x", "user": if own { &records[9]["user"] } else { user } }).to_string();
+                serde_json::json!({ "id": "x", "user": if own { &records[9]["user"] } else { user }, "seen": records[70]["seen"] }).to_string();
             let candidate = |record: &serde_json::Value| {
                 let mut candidate = serde_json::json!({"item": record["item"], "tags": record["tags"]});
                 if own {
@@ -137,7 +212,7 @@ fn a_node_s_score_is_bit_for_bit_that_of_the_snapshot_one_candidate_or_many() {
 
 #[test]
 fn what_the_trainer_says_is_what_the_published_towers_say() {
-    let input = generate(&["-n", "4000"]);
+    let input = stream(&["-n", "4000"]);
     let job = job(&input.path().join("in"));
     let done = job.train(&["--until-end"]);
     let snapshot = load(&job);

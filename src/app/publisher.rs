@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::clock;
 use crate::config::Checked;
 use crate::event::Slot;
-use crate::model;
+use crate::model::{self, admission};
 use crate::snapshot::codec;
 use crate::snapshot::gate;
 use crate::snapshot::manifest::PartitionPosition;
@@ -336,10 +336,14 @@ impl Worker {
 
 /// Rows of each table, and what became of ids, for the counts in a manifest.
 fn table_counts(model: &model::State) -> Vec<(String, u64)> {
-    let mut counts = vec![("logistic_rows".to_owned(), model.logistic.rows.ids.len() as u64)];
+    let table = |name: &'static str, rows: usize, ids: &admission::Counts| {
+        let ids = ids.named().map(|(what, n)| (format!("{name}_{what}"), n));
+        std::iter::once((format!("{name}_rows"), rows as u64)).chain(ids)
+    };
+    let mut counts: Vec<_> =
+        table("logistic", model.logistic.rows.ids.len(), &model.logistic.admission.counts).collect();
     if let Some(towers) = &model.towers {
-        counts.push(("embedding_rows".to_owned(), towers.rows.ids.len() as u64));
-        counts.extend(towers.counts.named().map(|(name, n)| (format!("embedding_{name}"), n)));
+        counts.extend(table("embedding", towers.rows.ids.len(), &towers.admission.counts));
     }
     counts
 }

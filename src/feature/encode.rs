@@ -186,7 +186,7 @@ impl Encoder {
         let spec = &self.schema.features[feature];
         let Rule::Bag { last: false, .. } = spec.rule else { return Err(A_WEIGHT) };
         if weight.is_finite() && weight.abs() >= LEAST_WEIGHT {
-            self.bags[feature].push((row_of(v.as_bytes(), spec.seed), weight.clamp(-BOUND, BOUND)));
+            self.bags[feature].push((spec.row_of(v.as_bytes()), weight.clamp(-BOUND, BOUND)));
             if self.texts.is_some() {
                 self.note(feature, format_args!("{v}:{weight}"));
             }
@@ -294,10 +294,10 @@ impl Encoder {
                 if self.is_fixed(feature) {
                     return Ok(());
                 }
-                let row = row_of(text, spec.seed);
+                let row = spec.row_of(text);
                 self.cells[feature] = Slot { row, value: 1.0, feature: feature as u16, flags: 0 };
             }
-            Rule::Bag { .. } => self.bags[feature].push((row_of(text, spec.seed), 1.0)),
+            Rule::Bag { .. } => self.bags[feature].push((spec.row_of(text), 1.0)),
             Rule::Bucket { .. } | Rule::Bins { .. } | Rule::Value { .. } => return Err(A_NUMBER),
         }
         if self.texts.is_some() {
@@ -327,7 +327,7 @@ impl Encoder {
             }
             Rule::Category | Rule::Bag { .. } => unreachable!("callers ask `is_number`"),
         };
-        self.cells[feature] = Slot { row: row_of(text, spec.seed), value, feature: feature as u16, flags: 0 };
+        self.cells[feature] = Slot { row: spec.row_of(text), value, feature: feature as u16, flags: 0 };
         if self.texts.is_some() {
             let shown = String::from_utf8_lossy(text).into_owned();
             match spec.rule {

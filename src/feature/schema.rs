@@ -30,6 +30,9 @@ pub struct FeatureSettings {
     /// Which tower sees it: `user`, `item` or `none` (default). The logistic part sees all.
     #[serde(default)]
     pub tower: Tower,
+    /// The feature whose vectors it uses in the towers, so that a value has one vector in both. Default: its own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub embedding: Option<String>,
     /// `presentation`: explains the click and is unknown when candidates are scored; needs `at_serving`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub role: Option<Role>,
@@ -187,6 +190,16 @@ pub(super) struct Feature {
     pub path: Path,
     pub rule: Rule,
     pub seed: u64,
+    /// XORed with the hash of a value's text; 0 where the embedding is its own.
+    pub key: u64,
+}
+
+impl Feature {
+    /// The row of a value's text.
+    #[inline]
+    pub fn row_of(&self, text: &[u8]) -> u64 {
+        (row_of(text, self.seed) ^ self.key).max(1)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -255,6 +268,13 @@ impl Schema {
             }
             checked.push(check_feature(settings, key)?);
         }
+        for (i, settings) in features.iter().enumerate() {
+            if let Some(name) = &settings.embedding {
+                let key = |field: &str| format!("features[{i}].{field}");
+                check_embedding(i, name, features, &names, key)?;
+                (checked[i].seed, checked[i].key) = (seed_of(name), seed_of(&settings.name));
+            }
+        }
         let mut checked_crosses: Vec<Cross> = Vec::with_capacity(crosses.len());
         for (i, settings) in crosses.iter().enumerate() {
             let key = |field: &str| format!("crosses[{i}].{field}");
@@ -298,13 +318,19 @@ impl Schema {
     /// What an id without a row of its own contributes.
     #[must_use]
     pub fn default_row(&self, i: usize) -> u64 {
-        row_of(&[0xFE], self.seed(i))
+        self.special_row(i, 0xFE)
     }
 
     /// The row of a feature that the record had no value for. Crosses never use theirs: a missing part is a value.
     #[must_use]
     pub fn missing_row(&self, i: usize) -> u64 {
-        row_of(&[0xFF], self.seed(i))
+        self.special_row(i, 0xFF)
+    }
+
+    /// What a row of feature `i` is XORed with to give the id of its vector: 0 unless it uses the vectors of another.
+    #[must_use]
+    pub fn embedding_key(&self, i: usize) -> u64 {
+        self.features.get(i).map_or(0, |feature| feature.key)
     }
 
     /// Adds to the logit in training and is fixed at serving.
@@ -361,10 +387,10 @@ impl Schema {
         Slot { row: self.missing_row(i), value: 1.0, feature: i as u16, flags: Slot::MISSING }
     }
 
-    fn seed(&self, i: usize) -> u64 {
+    fn special_row(&self, i: usize, byte: u8) -> u64 {
         match self.features.get(i) {
-            Some(feature) => feature.seed,
-            None => self.crosses[i - self.features.len()].seed,
+            Some(feature) => feature.row_of(&[byte]),
+            None => row_of(&[byte], self.crosses[i - self.features.len()].seed),
         }
     }
 }
@@ -471,7 +497,36 @@ fn check_feature(settings: &FeatureSettings, key: impl Fn(&str) -> String) -> Re
             return Err(setting(key("role"), "is presentation, which only categorical and numeric features can have"));
         }
     }
-    Ok(Feature { path, rule, seed: seed_of(&settings.name), settings: canonical })
+    Ok(Feature { path, rule, seed: seed_of(&settings.name), key: 0, settings: canonical })
+}
+
+/// Whether feature `i` can use the vectors of the feature `name`.
+fn check_embedding(
+    i: usize,
+    name: &str,
+    features: &[FeatureSettings],
+    names: &BTreeMap<String, usize>,
+    key: impl Fn(&str) -> String,
+) -> Result<(), Error> {
+    let refuse = |problem: String| Err(setting(key("embedding"), format!("names `{name}`, {problem}")));
+    let Some(&of) = names.get(name) else {
+        return refuse("which is no feature".to_owned());
+    };
+    if of == i {
+        return refuse("which is the feature itself; leave it out".to_owned());
+    }
+    if let Some(other) = &features[of].embedding {
+        return refuse(format!("which uses the vectors of `{other}`; name that one"));
+    }
+    for (which, feature) in [("the feature", &features[i]), ("the one it names", &features[of])] {
+        if feature.kind == FeatureKind::Numeric {
+            return refuse(format!("but {which} is numeric; both must be categorical, multi or sequence"));
+        }
+    }
+    if features[i].tower == Tower::None {
+        return refuse("but no tower sees the feature; set `tower`".to_owned());
+    }
+    Ok(())
 }
 
 fn check_cross(
@@ -621,6 +676,27 @@ mod tests {
                 "[[features]]\nname = 'a'\nkind = 'multi'\nrole = 'presentation'\nat_serving = '1'",
                 "`features[0].role` is presentation",
             ),
+            ("[[features]]\nname = 'a'\nembedding = 'b'", "`features[0].embedding` names `b`, which is no feature"),
+            (
+                "[[features]]\nname = 'a'\nembedding = 'a'",
+                "`features[0].embedding` names `a`, which is the feature itself",
+            ),
+            (
+                "[[features]]\nname = 'a'\ntower = 'user'\nembedding = 'b'\n[[features]]\nname = 'b'\ntower = 'item'\nembedding = 'c'\n[[features]]\nname = 'c'",
+                "`features[0].embedding` names `b`, which uses the vectors of `c`",
+            ),
+            (
+                "[[features]]\nname = 'a'\ntower = 'user'\nembedding = 'b'\n[[features]]\nname = 'b'\nkind = 'numeric'",
+                "`features[0].embedding` names `b`, but the one it names is numeric",
+            ),
+            (
+                "[[features]]\nname = 'a'\ntower = 'user'\nkind = 'numeric'\nembedding = 'b'\n[[features]]\nname = 'b'",
+                "`features[0].embedding` names `b`, but the feature is numeric",
+            ),
+            (
+                "[[features]]\nname = 'a'\nembedding = 'b'\n[[features]]\nname = 'b'",
+                "`features[0].embedding` names `b`, but no tower sees the feature",
+            ),
             ("[[features]]\nname = 'a'\n[[crosses]]\nof = ['a']", "`crosses[0].of` names 1 features"),
             ("[[features]]\nname = 'a'\n[[crosses]]\nof = ['a', 'x']", "`crosses[0].of` names `x`"),
             ("[[features]]\nname = 'a'\n[[crosses]]\nof = ['a', 'a']", "`crosses[0].of` names `a` twice"),
@@ -640,6 +716,26 @@ mod tests {
             let message = schema(toml).unwrap_err().to_string();
             assert!(message.starts_with(expected), "{toml}\n{message}");
         }
+    }
+
+    #[test]
+    fn a_shared_embedding_gives_one_value_one_vector_and_two_rows() {
+        let plain = "[[features]]\nname = 'item'\ntower = 'item'\n[[features]]\nname = 'seen'\nkind = 'sequence'\ntower = 'user'";
+        let apart = schema(plain).unwrap();
+        let shared = schema(&format!("{plain}\nembedding = 'item'")).unwrap();
+        assert_ne!(apart.hash(), shared.hash());
+        assert!(!apart.to_json().contains("embedding"));
+        assert_eq!(Schema::from_json(&shared.to_json()).unwrap(), shared);
+        let vector = |i: usize, row: u64| row ^ shared.embedding_key(i);
+        assert_eq!((shared.embedding_key(0), apart.embedding_key(1)), (0, 0));
+        for text in [&b"712"[..], b"", &[0xFE], &[0xFF]] {
+            let rows = [0, 1].map(|i| shared.features[i].row_of(text));
+            assert_ne!(rows[0], rows[1]);
+            assert_eq!(vector(0, rows[0]), vector(1, rows[1]));
+            assert_eq!(rows[0], apart.features[0].row_of(text), "the one that is named is as it was");
+        }
+        assert_eq!(vector(1, shared.default_row(1)), shared.default_row(0));
+        assert_eq!(vector(1, shared.missing_row(1)), shared.missing_row(0));
     }
 
     #[test]

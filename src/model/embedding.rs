@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::Error;
+use super::admission::Aged;
+use super::changes::{Changes, Log, firsts};
 use super::optim::length;
 
 /// Stripes of a table.
@@ -229,6 +231,7 @@ struct Stripe {
     /// Gradients of the batch in work, `dim` a row, in the order of first occurrence; and whose they are.
     gradients: Vec<f32>,
     local: Vec<u32>,
+    log: Log,
 }
 
 impl Stripe {
@@ -240,6 +243,7 @@ impl Stripe {
             accumulators: Vec::new(),
             gradients: Vec::new(),
             local: Vec::new(),
+            log: Log::default(),
         }
     }
 
@@ -252,6 +256,7 @@ impl Stripe {
         }
         self.heads.push(Head { id, touched: 0, local: 0 });
         self.index.insert(id, at as u32);
+        self.log.birth(id);
         rules.begin(id, self.row_mut(rules.dim, at));
         at as u32
     }
@@ -270,6 +275,7 @@ impl Stripe {
     fn retain(&mut self, rules: &Rules, keep: impl Fn(u64, u32) -> bool) -> u64 {
         let (dim, width, before) = (rules.dim, rules.accumulators(), self.heads.len());
         let Some(first) = self.heads.iter().position(|head| !keep(head.id, head.touched)) else { return 0 };
+        self.log.remove(self.heads[first].id);
         let mut to = first;
         for from in first + 1..before {
             let head = self.heads[from];
@@ -278,6 +284,8 @@ impl Stripe {
                 shift(&mut self.weights, dim, from, to);
                 shift(&mut self.accumulators, width, from, to);
                 to += 1;
+            } else {
+                self.log.remove(head.id);
             }
         }
         self.heads.truncate(to);
@@ -367,7 +375,8 @@ impl Stripe {
         } else {
             1.0
         };
-        let before = self.heads[at].touched;
+        let Head { id, touched: before, .. } = self.heads[at];
+        self.log.touch(id, before);
         self.heads[at].touched = batch;
         let n = &mut self.accumulators[at / CHUNK][at % CHUNK * width..][..width];
         if before != 0 {
@@ -436,7 +445,10 @@ impl Embeddings {
     pub fn bytes(&self) -> usize {
         let of = |stripe: &Stripe| {
             let chunks = stripe.weights.iter().chain(&stripe.accumulators).map(|chunk| chunk.len() * 4).sum::<usize>();
-            stripe.index.lines.len() * size_of::<Line>() + stripe.heads.capacity() * size_of::<Head>() + chunks
+            stripe.index.lines.len() * size_of::<Line>()
+                + stripe.heads.capacity() * size_of::<Head>()
+                + chunks
+                + stripe.log.bytes()
         };
         self.stripes.iter().map(of).sum()
     }
@@ -478,17 +490,34 @@ impl Embeddings {
         if found != Place::NONE { found } else { Place::new(stripe, self.stripes[stripe].insert(&self.rules, id)) }
     }
 
-    /// Removes all rows but those that `keep` (of id and touched) says. Every [`Place`] is void. Takes a walk over the table.
-    pub fn retain(&mut self, keep: impl Fn(u64, u32) -> bool) -> u64 {
-        self.stripes.iter_mut().map(|stripe| stripe.retain(&self.rules, &keep)).sum()
+    /// Begins a segment of the log of changes behind `batch`; the first one turns it on.
+    pub fn mark(&mut self, batch: u32) {
+        self.stripes.iter_mut().for_each(|stripe| stripe.log.mark(batch));
     }
 
-    /// The `count`-th smallest (touched, id) of the rows, from 0: by last touch, then by id.
+    /// Drops what the log of changes holds for one who has not heard of `batch`.
+    pub fn forget_changes_to(&mut self, batch: u32) {
+        self.stripes.iter_mut().for_each(|stripe| stripe.log.forget_to(batch));
+    }
+
+    /// What became of rows behind number `batch`, at a cost that follows what was touched; None where the log does not reach
+    /// back so far.
     #[must_use]
-    pub fn by_age(&self, count: usize) -> Option<(u32, u64)> {
-        let heads = self.stripes.iter().flat_map(|stripe| &stripe.heads);
-        let mut ages: Vec<(u32, u64)> = heads.map(|head| (head.touched, head.id)).collect();
-        (count < ages.len()).then(|| *ages.select_nth_unstable(count).1)
+    pub fn changes_after(&self, batch: u32) -> Option<Changes<Rows>> {
+        let mut ids = Vec::new();
+        if !self.stripes.iter().all(|stripe| stripe.log.since(batch, &mut ids)) {
+            return None;
+        }
+        let (mut found, mut removed) = (Vec::with_capacity(ids.len()), Vec::new());
+        for (id, born) in firsts(ids) {
+            match self.find(id) {
+                Place::NONE if born => {}
+                Place::NONE => removed.push(id),
+                place if self.stripes[place.stripe()].heads[place.at()].touched > batch => found.push((id, place)),
+                _ => {}
+            }
+        }
+        Some(Changes { rows: self.rows_at(found), removed })
     }
 
     /// The stripes, to be updated each on its own; see [`Update::run`].
@@ -505,6 +534,10 @@ impl Embeddings {
             found.extend(stripe.heads.iter().enumerate().map(|(at, head)| (head.id, Place::new(s, at as u32))));
         }
         found.sort_unstable_by_key(|&(id, _)| id);
+        self.rows_at(found)
+    }
+
+    fn rows_at(&self, found: Vec<(u64, Place)>) -> Rows {
         let width = self.rules.accumulators();
         let mut rows = Rows::default();
         rows.w.reserve_exact(found.len() * self.rules.dim);
@@ -548,6 +581,23 @@ impl Embeddings {
             stripe.heads[at].touched = rows.touched[i];
         }
         Ok(table)
+    }
+}
+
+impl Aged for Embeddings {
+    fn len(&self) -> usize {
+        self.len()
+    }
+
+    /// Every [`Place`] is void. Takes a walk over the table.
+    fn retain(&mut self, keep: impl Fn(u64, u32) -> bool) -> u64 {
+        self.stripes.iter_mut().map(|stripe| stripe.retain(&self.rules, &keep)).sum()
+    }
+
+    fn by_age(&self, count: usize) -> Option<(u32, u64)> {
+        let heads = self.stripes.iter().flat_map(|stripe| &stripe.heads);
+        let mut ages: Vec<(u32, u64)> = heads.map(|head| (head.touched, head.id)).collect();
+        (count < ages.len()).then(|| *ages.select_nth_unstable(count).1)
     }
 }
 

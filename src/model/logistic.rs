@@ -17,6 +17,8 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::Error;
+use super::admission::{self, Gate};
+use super::changes::Changes;
 use super::decay::Decay;
 pub use super::decay::DecaySettings;
 use super::table::{At, Row, Rows, Table};
@@ -42,7 +44,7 @@ pub enum Rule {
     Count,
 }
 
-/// The `[model]` part of the config.
+/// `[model.logistic]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
@@ -65,11 +67,23 @@ pub struct Settings {
     pub prior_ctr: Option<f64>,
     /// Forgetting of the accumulators, so that rates do not die in a job that runs for months. Default: none.
     pub decay: Option<DecaySettings>,
+    /// Which ids have a weight of their own.
+    pub table: admission::Settings,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { rule: Rule::Adagrad, a: None, b: 0.0, n0: 0.2, l1: 0.0, l2: 0.0, prior_ctr: None, decay: None }
+        Self {
+            rule: Rule::Adagrad,
+            a: None,
+            b: 0.0,
+            n0: 0.2,
+            l1: 0.0,
+            l2: 0.0,
+            prior_ctr: None,
+            decay: None,
+            table: admission::Settings::default(),
+        }
     }
 }
 
@@ -80,8 +94,9 @@ impl Settings {
         self.a.unwrap_or_else(|| 0.4 / (features.max(1) as f32).sqrt())
     }
 
-    /// The checked form, which alone can make a model, under a schema of so many features and crosses.
-    pub fn check(&self, features: usize) -> Result<Checked, Error> {
+    /// The checked form, which alone can make a model, under a schema of so many features and crosses. `seed` decides what is
+    /// left to chance.
+    pub fn check(&self, features: usize, seed: u64) -> Result<Checked, Error> {
         fn must(holds: bool, key: &'static str, expected: &'static str, got: impl ToString) -> Result<(), Error> {
             if holds { Ok(()) } else { Err(Error::Setting { key, expected, got: got.to_string() }) }
         }
@@ -97,7 +112,16 @@ impl Settings {
         must(ctr > 0.0 && ctr < 1.0, "prior_ctr", "between 0 and 1, both exclusive", ctr)?;
         let keys = ["decay.per", "decay.keep", "decay.floor"];
         let decay = decay.as_ref().map(|decay| decay.check(keys)).transpose()?;
-        Ok(Checked { rule, a, b, n0, l1, c, start: libm::log(ctr / (1.0 - ctr)), decay })
+        let keys = admission::Keys {
+            admit: "logistic.table.admit",
+            occurrences: "logistic.table.count.occurrences",
+            bytes: "logistic.table.count.bytes",
+            per: "logistic.table.count.per",
+            expire_after: "logistic.table.expire_after",
+            capacity: "logistic.table.capacity",
+        };
+        let gate = self.table.check(&keys, seed)?;
+        Ok(Checked { rule, a, b, n0, l1, c, start: libm::log(ctr / (1.0 - ctr)), decay, gate })
     }
 }
 
@@ -114,6 +138,7 @@ pub struct Checked {
     /// Where the intercept starts.
     start: f64,
     decay: Option<Decay>,
+    gate: admission::Rules,
 }
 
 impl Checked {
@@ -163,6 +188,8 @@ pub struct State {
     /// (number of its first batch, event-time period), both ascending: in which period a `touched` lies. Empty without decay.
     pub periods: Vec<(u32, i64)>,
     pub counts: FeatureCounts,
+    /// What decides which ids have a row.
+    pub admission: admission::State,
 }
 
 impl State {
@@ -194,6 +221,7 @@ impl State {
         let periods =
             self.periods.iter().map(|&(batch, period)| ((period as u128) << 32 | u128::from(batch)).to_le_bytes());
         column(&mut hash, self.periods.len(), periods);
+        self.admission.add_to(&mut hash);
         hash.digest128()
     }
 }
@@ -226,6 +254,7 @@ pub struct Image {
     intercept: Intercept,
     periods: Vec<(u32, i64)>,
     counts: FeatureCounts,
+    admission: admission::State,
 }
 
 impl Image {
@@ -237,6 +266,7 @@ impl Image {
             intercept: self.intercept,
             periods: self.periods.clone(),
             counts: self.counts.clone(),
+            admission: self.admission.clone(),
         }
     }
 }
@@ -267,6 +297,7 @@ pub struct Logistic {
     batch: u32,
     /// First batch of the current period of decay; 0 without decay, and then no row is older.
     since: u32,
+    gate: Gate,
     /// Where the rows of the current block's slots lie; kept for its memory.
     found: Vec<At>,
 }
@@ -276,7 +307,8 @@ impl Logistic {
     #[must_use]
     pub fn new(rule: Checked, default_rows: Vec<u64>) -> Self {
         let state = State { intercept: Intercept { w: rule.start, ..Intercept::default() }, ..State::default() };
-        Self::with_table(rule, default_rows, Table::new(rule.l1 > 0.0), state)
+        let gate = Gate::new(rule.gate, admission::State::default(), "logistic table").expect("nothing to refuse");
+        Self::with_table(rule, default_rows, Table::new(rule.l1 > 0.0), gate, state)
     }
 
     /// The model that goes on from `state`. Where l1 > 0 and the state has no `z`, it is derived such that no weight moves.
@@ -304,10 +336,11 @@ impl Logistic {
             state.rows.z = Some(state.rows.w.iter().zip(&state.rows.n).map(|(&w, &n)| rule.z_of(w, n)).collect());
         }
         let table = Table::from_rows(&state.rows)?;
-        Ok(Self::with_table(rule, default_rows, table, state))
+        let gate = Gate::new(rule.gate, std::mem::take(&mut state.admission), "logistic table")?;
+        Ok(Self::with_table(rule, default_rows, table, gate, state))
     }
 
-    fn with_table(rule: Checked, default_rows: Vec<u64>, table: Table, state: State) -> Self {
+    fn with_table(rule: Checked, default_rows: Vec<u64>, table: Table, gate: Gate, state: State) -> Self {
         let mut counts = state.counts;
         counts.missing.resize(default_rows.len(), 0);
         counts.unseen.resize(default_rows.len(), 0);
@@ -322,6 +355,7 @@ impl Logistic {
             counts,
             batch,
             since: 0,
+            gate,
             found: Vec::new(),
         }
     }
@@ -340,7 +374,13 @@ impl Logistic {
     /// Memory of the table, in bytes.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.table.bytes()
+        self.table.bytes() + self.gate.bytes()
+    }
+
+    /// What became of ids.
+    #[must_use]
+    pub fn ids(&self) -> admission::Counts {
+        self.gate.state.counts
     }
 
     #[must_use]
@@ -357,8 +397,9 @@ impl Logistic {
     /// Scores and learns the examples of batch number `batch` one after the other, and leaves one outcome for each in
     /// `outcomes`. `time` is the batch's place in event time, for decay.
     ///
-    /// An id without a row adds its feature's default row to the logit; afterwards that row learns, and the id gets a row
-    /// of zeros, which learns too. A row that an example names twice learns twice, from the one logit.
+    /// An id without a row adds its feature's default row to the logit; afterwards that row learns, and the id, if it is
+    /// admitted, gets a row of zeros, which learns too. A row that an example names twice learns twice, from the one logit.
+    /// Behind the batch, rows that are too old or too many go.
     ///
     /// # Panics
     /// If `batch` is 0 (kept for rows never touched) or less than the one before.
@@ -395,10 +436,14 @@ impl Logistic {
         if let Some(decay) = self.rule.decay {
             self.since = decay.enter(&mut self.periods, batch, time);
         }
+        self.gate.enter(time);
         match (self.rule.rule, self.rule.l1 > 0.0) {
             (Rule::Adagrad, false) => self.walk::<ADAGRAD>(examples, offsets, outcomes, block),
             (Rule::Adagrad, true) => self.walk::<FTRL>(examples, offsets, outcomes, block),
             (Rule::Count, _) => self.walk::<COUNT>(examples, offsets, outcomes, block),
+        }
+        if self.gate.tidy(&mut self.table, &self.default_rows, batch, time) {
+            self.defaults_at.fill(At::NONE);
         }
     }
 
@@ -491,7 +536,11 @@ impl Logistic {
         } else {
             for (slot, &at) in slots.iter().zip(&*found) {
                 let g = d * slot.value;
-                if at == At::NONE { self.learn_new::<KERNEL>(slot, g) } else { self.step::<KERNEL>(at, g) }
+                if at == At::NONE {
+                    self.learn_new::<KERNEL>(slot, g, example.id);
+                } else {
+                    self.step::<KERNEL>(at, g);
+                }
             }
         }
         self.step_intercept::<KERNEL>(f64::from(d));
@@ -505,6 +554,9 @@ impl Logistic {
         const WIDTH: usize = 8;
         let Checked { a, n0, c, .. } = self.rule;
         let (batch, since) = (self.batch, self.since);
+        if self.table.log.is_on() {
+            self.log_touches(found);
+        }
         if since > 0 {
             self.decay_rows(found);
         }
@@ -553,16 +605,23 @@ impl Logistic {
         self.defaults_at[feature]
     }
 
-    /// The default row learns for an id without a row; the id gets its row, which learns too.
+    /// The default row learns for an id without a row; the id gets its row, if it is admitted, which learns too.
     #[cold]
-    fn learn_new<const KERNEL: u8>(&mut self, slot: &Slot, g: f32) {
+    fn learn_new<const KERNEL: u8>(&mut self, slot: &Slot, g: f32, impression: u64) {
         let feature = usize::from(slot.feature);
         self.counts.unseen[feature] += 1;
         if self.defaults_at[feature] == At::NONE {
             self.defaults_at[feature] = self.table.find_or_insert(self.default_rows[feature]);
         }
         self.step::<KERNEL>(self.defaults_at[feature], g);
-        let at = self.table.find_or_insert(slot.row);
+        // The example may name it twice.
+        let mut at = self.table.find(slot.row);
+        if at == At::NONE {
+            if !self.gate.admits(slot.row, impression) {
+                return;
+            }
+            at = self.table.insert(slot.row);
+        }
         self.step::<KERNEL>(at, g);
     }
 
@@ -570,6 +629,7 @@ impl Logistic {
     #[inline(always)]
     fn step<const KERNEL: u8>(&mut self, at: At, g: f32) {
         let Checked { a, n0, l1, c, .. } = self.rule;
+        self.table.log_touch(at);
         if KERNEL != COUNT {
             self.decay_row::<KERNEL>(at);
         }
@@ -611,6 +671,11 @@ impl Logistic {
             }
             self.table.set(at, Row { n, touched: self.batch, ..row });
         }
+    }
+
+    #[inline(never)]
+    fn log_touches(&mut self, found: &[At]) {
+        found.iter().for_each(|&at| self.table.log_touch(at));
     }
 
     #[inline(never)]
@@ -659,6 +724,7 @@ impl Logistic {
             intercept: self.intercept,
             periods: self.periods.clone(),
             counts: self.counts.clone(),
+            admission: self.gate.state.clone(),
         }
     }
 
@@ -670,6 +736,7 @@ impl Logistic {
             intercept: self.intercept,
             periods: self.periods.clone(),
             counts: self.counts.clone(),
+            admission: self.gate.state.clone(),
         }
     }
 
@@ -677,6 +744,28 @@ impl Logistic {
     #[must_use]
     pub fn rows_touched_after(&self, batch: u32) -> Rows {
         self.table.rows_touched_after(batch)
+    }
+
+    /// Begins a segment of the log of changes behind `batch`; the first one turns it on.
+    pub fn mark(&mut self, batch: u32) {
+        self.table.log.mark(batch);
+    }
+
+    /// Drops what the log of changes holds for one who has not heard of `batch`.
+    pub fn forget_changes_to(&mut self, batch: u32) {
+        self.table.log.forget_to(batch);
+    }
+
+    /// See [`Table::changes_after`].
+    #[must_use]
+    pub fn changes_after(&self, batch: u32) -> Option<Changes<Rows>> {
+        self.table.changes_after(batch)
+    }
+
+    /// The bias as it is stored.
+    #[must_use]
+    pub fn bias(&self) -> Intercept {
+        self.intercept
     }
 
     /// What serving needs.
@@ -742,7 +831,7 @@ mod tests {
     }
 
     fn model(settings: &Settings) -> Logistic {
-        Logistic::new(settings.check(16).unwrap(), DEFAULTS.to_vec())
+        Logistic::new(settings.check(16, 5).unwrap(), DEFAULTS.to_vec())
     }
 
     fn learn(model: &mut Logistic, batch: u32, examples: &[Example<'_>]) -> Vec<Outcome> {
@@ -912,7 +1001,7 @@ mod tests {
                 if i == restart {
                     let state = ours.image().sorted();
                     prop_assert_eq!(&state, &ours.state());
-                    ours = Logistic::from_state(settings.check(16).unwrap(), DEFAULTS.to_vec(), state.clone()).unwrap();
+                    ours = Logistic::from_state(settings.check(16, 5).unwrap(), DEFAULTS.to_vec(), state.clone()).unwrap();
                     prop_assert_eq!(ours.state().digest(), state.digest());
                 }
                 ours.learn_in_blocks(batch, time, examples, &[], &mut outcomes, block);
@@ -997,7 +1086,7 @@ mod tests {
     fn a_warm_start_keeps_its_weights_at_zero_gradient_and_near_them_at_a_small_one() {
         let weights = Weights { ids: vec![10, 20, 30], w: vec![-0.8, 0.0, 2.0], intercept: -1.0 };
         let warm = || {
-            Logistic::from_state(ftrl().check(16).unwrap(), DEFAULTS.to_vec(), State::warm(weights.clone())).unwrap()
+            Logistic::from_state(ftrl().check(16, 5).unwrap(), DEFAULTS.to_vec(), State::warm(weights.clone())).unwrap()
         };
         let still = [slot(10, 0.0, 0), slot(20, 0.0, 0), slot(30, 0.0, 0)];
         let mut ours = warm();
@@ -1014,7 +1103,7 @@ mod tests {
         // As wrong as it gets: starting from z = 0 loses the weights at the first touch.
         let mut state = State::warm(weights.clone());
         state.rows.z = Some(vec![0.0; 3]);
-        let mut cold = Logistic::from_state(ftrl().check(16).unwrap(), DEFAULTS.to_vec(), state).unwrap();
+        let mut cold = Logistic::from_state(ftrl().check(16, 5).unwrap(), DEFAULTS.to_vec(), state).unwrap();
         learn(&mut cold, 1, &[example(&moving, true)]);
         assert_eq!(cold.weights().w[2], 0.0);
     }
@@ -1133,6 +1222,156 @@ mod tests {
         assert_eq!(ours.counts().missing, [0, 10, 0]);
     }
 
+    /// Settings under which ids come, wait and go: a row lives 80 ms, of at most 1024 rows.
+    fn crowded() -> Settings {
+        let count =
+            admission::CountSettings { occurrences: 2, bytes: 1 << 12, per: std::time::Duration::from_millis(50) };
+        let table = admission::Settings {
+            admit: 0.7,
+            count: Some(count),
+            expire_after: Some(std::time::Duration::from_millis(80)),
+            capacity: Some(1024),
+        };
+        Settings { table, ..ftrl() }
+    }
+
+    /// An endless stream of ids: of three, one is new, one came a moment ago, one is an old friend.
+    fn crowd(batch: u32) -> Vec<[Slot; 3]> {
+        let id = |i: u32| xxhash_rust::xxh3::xxh3_64(&i.to_le_bytes()).max(1);
+        let one = |i: u32| {
+            let new = 1000 + batch * 200 + i;
+            [slot(id(new), 1.0, 0), slot(id(new - 200), 0.5, 1), slot(id(i % 40 + batch / 9), 1.0, 2)]
+        };
+        (0..200).map(one).collect()
+    }
+
+    #[test]
+    fn a_day_of_unbounded_new_ids_stays_within_the_capacity() {
+        let mut settings = crowded();
+        settings.table = admission::Settings { capacity: Some(2000), ..admission::Settings::default() };
+        let mut ours = model(&settings);
+        for batch in 1..=200 {
+            let slots = crowd(batch);
+            let examples: Vec<_> = slots.iter().map(|slots| example(slots, batch % 3 == 0)).collect();
+            learn(&mut ours, batch, &examples);
+            assert!(ours.len() <= 2000, "{} rows behind batch {batch}", ours.len());
+            let newest = slots.iter().flatten().all(|slot| ours.table.find(slot.row) != At::NONE);
+            assert!(newest, "the rows of batch {batch} stay");
+        }
+        let ids = ours.ids();
+        assert!(ids.admitted > 40_000 && ids.refused == 0 && ids.expired == 0, "{ids:?}");
+        assert_eq!(ids.admitted - ids.evicted + 3, ours.len() as u64);
+        assert!(ours.bytes() < 1 << 20, "{} bytes", ours.bytes());
+        assert!(DEFAULTS[..3].iter().all(|row| ours.table.find(*row) != At::NONE), "default rows are there");
+    }
+
+    #[test]
+    fn an_id_gets_its_row_with_its_second_occurrence_and_counts_as_its_default_row_until_then() {
+        let table =
+            admission::Settings { count: Some(admission::CountSettings::default()), ..admission::Settings::default() };
+        let mut ours = model(&Settings { table, ..Settings::default() });
+        let (one, two) = ([slot(70, 1.0, 0)], [slot(71, 1.0, 0)]);
+        learn(&mut ours, 1, &[example(&one, true)]);
+        assert_eq!(ours.state().rows.ids, [DEFAULTS[0]]);
+        let said = learn(&mut ours, 2, &[example(&two, true)])[0].logit;
+        assert!(said > 0.0, "the default row has learned for both");
+        learn(&mut ours, 3, &[example(&one, true)]);
+        let state = ours.state();
+        assert_eq!((state.rows.ids.len(), ours.table.find(70) != At::NONE), (2, true));
+        assert_eq!(state.counts.unseen[0], 3);
+        let expected = admission::Counts { admitted: 1, refused: 2, expired: 0, evicted: 0 };
+        assert_eq!(ours.ids(), expected);
+    }
+
+    #[test]
+    fn a_row_expires_when_no_example_has_named_it_for_long_and_a_warm_start_counts_as_a_touch() {
+        let table = admission::Settings {
+            expire_after: Some(std::time::Duration::from_millis(80)),
+            ..admission::Settings::default()
+        };
+        let rule = Settings { table, ..Settings::default() }.check(16, 5).unwrap();
+        let warm = State::warm(Weights { ids: vec![10, 20], w: vec![1.0, 1.0], intercept: 0.0 });
+        let mut ours = Logistic::from_state(rule, DEFAULTS.to_vec(), warm).unwrap();
+        let (often, mut outcomes) = ([slot(10, 1.0, 0), slot(99, 1.0, 1)], Vec::new());
+        for batch in 1..=9 {
+            ours.learn(batch, Time(i64::from(batch) * 10 - 5), &[example(&often, true)], &mut outcomes);
+            assert!(ours.table.find(20) != At::NONE, "batch {batch}");
+        }
+        ours.learn(10, Time(95), &[example(&often, true)], &mut outcomes);
+        assert_eq!(ours.table.find(20), At::NONE);
+        assert_eq!((ours.ids().expired, ours.table.find(10) != At::NONE), (1, true));
+        // The default row of feature 1 was touched in the first batch alone.
+        (11..40).for_each(|b| ours.learn(b, Time(i64::from(b) * 10), &[example(&often, true)], &mut outcomes));
+        assert!(ours.table.find(DEFAULTS[1]) != At::NONE);
+    }
+
+    #[test]
+    fn admission_expiry_and_eviction_go_on_from_a_stored_state() {
+        let (mut whole, mut outcomes) = (model(&crowded()), Vec::new());
+        let (mut parts, mut time) = (model(&crowded()), 0);
+        for batch in 1..=60 {
+            // At times so many that they are evicted, at times so few that they expire.
+            time += if batch % 20 < 10 { 3 } else { 30 };
+            let slots = crowd(batch);
+            let examples: Vec<_> =
+                slots.iter().zip(0..).map(|(slots, id)| Example { id, ..example(slots, id % 4 == 0) }).collect();
+            for ours in [&mut whole, &mut parts] {
+                ours.learn(batch, Time(time), &examples, &mut outcomes);
+            }
+            if batch % 13 == 0 {
+                let state = parts.image().sorted();
+                parts = Logistic::from_state(crowded().check(16, 5).unwrap(), DEFAULTS.to_vec(), state).unwrap();
+            }
+        }
+        assert_eq!(whole.state(), parts.state());
+        assert_eq!(whole.digest(), parts.digest());
+        let ids = whole.ids();
+        assert!(ids.admitted > 100 && ids.refused > 100 && ids.expired > 100 && ids.evicted > 100, "{ids:?}");
+        let mut other = whole.state();
+        other.admission.counter = None;
+        assert_ne!(other.digest(), whole.digest());
+    }
+
+    #[test]
+    fn the_log_of_changes_says_what_a_comparison_of_the_whole_tables_says() {
+        for mut settings in [crowded(), Settings { l1: 0.0, ..crowded() }] {
+            settings.table.capacity = Some(1100);
+            (settings.table.admit, settings.table.count) = (1.0, None);
+            let (mut ours, mut plain, mut outcomes) = (model(&settings), model(&settings), Vec::new());
+            assert_eq!(ours.changes_after(0), None, "off until it is asked for");
+            ours.mark(0);
+            let (mut states, mut back, mut removed) = (vec![(0, ours.state().rows)], 0, 0);
+            for batch in 1..=90u32 {
+                let slots = crowd(batch);
+                // A moment of silence lets everything expire; some come back in the very batch behind which they went.
+                let time = Time(i64::from(batch) * 3 + i64::from(batch / 30) * 200);
+                let examples: Vec<_> = slots.iter().map(|slots| example(slots, batch % 3 == 0)).collect();
+                ours.learn(batch, time, &examples, &mut outcomes);
+                plain.learn(batch, time, &examples, &mut outcomes);
+                if batch % 7 == 0 {
+                    ours.mark(batch);
+                    states.push((batch, ours.state().rows));
+                }
+                let now = ours.state().rows;
+                for (then, before) in &states {
+                    let changes = ours.changes_after(*then).unwrap();
+                    assert_eq!(changes.rows, ours.rows_touched_after(*then), "since {then} at {batch}");
+                    let gone = before.ids.iter().filter(|id| now.ids.binary_search(id).is_err());
+                    assert_eq!(changes.removed, gone.copied().collect::<Vec<_>>(), "since {then} at {batch}");
+                    removed += changes.removed.len();
+                    back += changes.rows.ids.iter().filter(|id| before.ids.binary_search(id).is_ok()).count();
+                }
+                if states.len() > 4 {
+                    let (first, _) = states.remove(0);
+                    ours.forget_changes_to(states[0].0);
+                    assert_eq!(ours.changes_after(first), None, "{first} was forgotten");
+                }
+            }
+            assert!(removed > 1000 && back > 1000, "{removed} {back}");
+            assert_eq!(ours.digest(), plain.digest(), "the log does not show");
+        }
+    }
+
     #[test]
     fn the_digest_sees_every_part_of_the_state_but_the_counts() {
         let mut ours = model(&decaying(ftrl()));
@@ -1159,7 +1398,7 @@ mod tests {
     #[test]
     fn a_wrong_setting_is_named_with_its_value() {
         let refused = |text: &str| match toml::from_str::<Settings>(text) {
-            Ok(settings) => settings.check(16).unwrap_err().to_string(),
+            Ok(settings) => settings.check(16, 5).unwrap_err().to_string(),
             Err(error) => error.to_string(),
         };
         assert_eq!(refused("a = 0"), "`model.a` must be above 0 and at most 10, got 0");
@@ -1170,9 +1409,21 @@ mod tests {
         assert!(refused("decay = { keep = 1 }").starts_with("`model.decay.keep`"));
         assert!(refused("decay = { keep = nan }").starts_with("`model.decay.keep`"));
         assert!(refused("lr = 1").contains("unknown field `lr`"));
+        assert_eq!(
+            refused("table = { admit = 0 }"),
+            "`model.logistic.table.admit` must be above 0 and at most 1, got 0"
+        );
+        assert!(
+            refused("table = { capacity = 5 }").starts_with("`model.logistic.table.capacity` must be at least 1024")
+        );
+        assert!(
+            refused("table = { count = { occurrences = 16 } }").contains("table.count.occurrences` must be 2 to 15")
+        );
+        assert!(refused("table = { count = { bytes = 100 } }").contains("bytes` must be a multiple of 64"));
+        assert!(refused("table = { count = { per = \"0s\" } }").contains("count.per` must be at least 1ms, got 0s"));
         toml::from_str::<Settings>("rule = \"count\"\ndecay = { per = \"6h\" }\nn0 = 0\nb = 1")
             .unwrap()
-            .check(16)
+            .check(16, 5)
             .unwrap();
     }
 }

@@ -3,6 +3,8 @@
 //! A model knows nothing of streams, files or clocks: it takes numbered batches of encoded examples in their order, and
 //! the same batches give the same bytes.
 
+pub mod admission; // which ids have a row: admission, expiry, eviction
+pub mod changes; // which rows changed since a batch
 mod decay; // forgetting of accumulators, by periods of event time
 pub mod embedding; // id -> vector, accumulators, touched; in stripes
 pub mod logistic; // per-coordinate AdaGrad / FTRL-Proximal, example by example
@@ -14,7 +16,7 @@ pub mod two_tower; // both, and a batch's whole step beside the logistic part
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::event::{Example, Time};
-use logistic::{FeatureCounts, Logistic, Outcome};
+use logistic::{FeatureCounts, Intercept, Logistic, Outcome};
 use two_tower::TwoTower;
 
 /// Why a model could not be made from its settings or from a stored state.
@@ -105,17 +107,45 @@ impl Model {
         self.logistic.bytes() + self.towers.as_ref().map_or(0, |towers| towers.bytes())
     }
 
+    /// Begins a segment of the log of changes behind number `batch`, so to be called at a batch boundary. The first one turns
+    /// the log on; it takes 8 bytes for each row that a segment touches, until it is forgotten, and changes nothing learned.
+    pub fn mark(&mut self, batch: u32) {
+        self.logistic.mark(batch);
+        self.towers.iter_mut().for_each(|towers| towers.mark(batch));
+    }
+
+    /// Drops what only matters to one who has not heard of `batch`: to be called when all have.
+    pub fn forget_changes_to(&mut self, batch: u32) {
+        self.logistic.forget_changes_to(batch);
+        self.towers.iter_mut().for_each(|towers| towers.forget_changes_to(batch));
+    }
+
+    /// What became of the model behind number `batch`, at a cost that follows what was touched. None where the log of changes
+    /// is off, began later, or was forgotten so far.
+    #[must_use]
+    pub fn changes_after(&self, batch: u32) -> Option<Changes> {
+        let towers = match &self.towers {
+            Some(towers) => Some(towers.changes_after(batch)?),
+            None => None,
+        };
+        Some(Changes { logistic: self.logistic.changes_after(batch)?, intercept: self.logistic.bias(), towers })
+    }
+
     /// What there is to say of each sparse table.
     #[must_use]
     pub fn tables(&self) -> Vec<TableFigures> {
         let Self { logistic, towers } = self;
-        let mut tables =
-            vec![TableFigures { name: "logistic", rows: logistic.len(), bytes: logistic.bytes(), ids: Vec::new() }];
+        let mut tables = vec![TableFigures {
+            name: "logistic",
+            rows: logistic.len(),
+            bytes: logistic.bytes(),
+            ids: logistic.ids().named().to_vec(),
+        }];
         tables.extend(towers.as_ref().map(|towers| TableFigures {
             name: "embedding",
             rows: towers.rows(),
             bytes: towers.bytes(),
-            ids: towers.counts().named().to_vec(),
+            ids: towers.ids().named().to_vec(),
         }));
         tables
     }
@@ -125,6 +155,14 @@ impl Model {
     pub fn image(&self) -> Image {
         Image { logistic: self.logistic.image(), towers: self.towers.as_ref().map(|towers| towers.image()) }
     }
+}
+
+/// What became of a model since a batch: what a delta is made of.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Changes {
+    pub logistic: changes::Changes<table::Rows>,
+    pub intercept: Intercept,
+    pub towers: Option<two_tower::Changes>,
 }
 
 /// A copy of a model at a batch boundary.

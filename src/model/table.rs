@@ -5,6 +5,8 @@
 //! table made from that behaves as the one it came from.
 
 use super::Error;
+use super::admission::Aged;
+use super::changes::{Changes, Log, firsts};
 use crate::event::Slot;
 
 /// Rows in a bucket.
@@ -91,6 +93,7 @@ pub struct Table {
     buckets: Vec<Bucket>,
     z: Option<Vec<[f32; LANES]>>,
     len: usize,
+    pub(super) log: Log,
 }
 
 impl Table {
@@ -107,7 +110,7 @@ impl Table {
 
     fn with_buckets(count: usize, with_z: bool) -> Self {
         assert!(count <= 1 << 30, "a table of {count} buckets is past what a u32 position can name (3.2e9 rows)");
-        Self { buckets: vec![EMPTY; count], z: with_z.then(|| vec![[0.0; LANES]; count]), len: 0 }
+        Self { buckets: vec![EMPTY; count], z: with_z.then(|| vec![[0.0; LANES]; count]), len: 0, log: Log::default() }
     }
 
     /// Number of rows.
@@ -130,7 +133,8 @@ impl Table {
     /// Memory held, in bytes.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.buckets.len() * size_of::<Bucket>() + self.z.as_ref().map_or(0, |z| z.len() * size_of::<[f32; LANES]>())
+        let z = self.z.as_ref().map_or(0, |z| z.len() * size_of::<[f32; LANES]>());
+        self.buckets.len() * size_of::<Bucket>() + z + self.log.bytes()
     }
 
     /// Makes room for `more` rows beyond those there, at least doubling if it must grow. Every [`At`] is void after growth;
@@ -156,6 +160,7 @@ impl Table {
                 }
             }
         }
+        grown.log = std::mem::take(&mut self.log);
         *self = grown;
         true
     }
@@ -194,7 +199,13 @@ impl Table {
     #[inline]
     pub fn find_or_insert(&mut self, id: u64) -> At {
         let at = self.find(id);
-        if at == At::NONE { self.insert_new(id) } else { at }
+        if at == At::NONE { self.insert(id) } else { at }
+    }
+
+    /// Makes a row of zeros for an id that has none. Panics as [`Table::find_or_insert`] does.
+    pub(super) fn insert(&mut self, id: u64) -> At {
+        self.log.birth(id);
+        self.insert_new(id)
     }
 
     fn insert_new(&mut self, id: u64) -> At {
@@ -233,6 +244,13 @@ impl Table {
         words[TOUCHED + at.lane()] = row.touched;
     }
 
+    /// Tells the log of changes, if it is on, that the row at `at` is about to be touched.
+    #[inline(always)]
+    pub(super) fn log_touch(&mut self, at: At) {
+        let bucket = &self.buckets[at.bucket()];
+        self.log.touch(bucket.id(at.lane()), bucket.0[TOUCHED + at.lane()]);
+    }
+
     /// All rows, open for change, without growth: a loop over many keeps it in registers.
     #[inline(always)]
     pub fn open(&mut self) -> Open<'_> {
@@ -257,6 +275,26 @@ impl Table {
         self.rows_where(|touched| touched > batch)
     }
 
+    /// What became of rows behind number `batch`, at a cost that follows what was touched; None where the log does not reach
+    /// back so far.
+    #[must_use]
+    pub fn changes_after(&self, batch: u32) -> Option<Changes<Rows>> {
+        let mut ids = Vec::new();
+        if !self.log.since(batch, &mut ids) {
+            return None;
+        }
+        let (mut found, mut removed) = (Vec::with_capacity(ids.len()), Vec::new());
+        for (id, born) in firsts(ids) {
+            match self.find(id) {
+                At::NONE if born => {}
+                At::NONE => removed.push(id),
+                at if self.row(at).touched > batch => found.push((id, at)),
+                _ => {}
+            }
+        }
+        Some(Changes { rows: self.rows_at(&found), removed })
+    }
+
     fn rows_where(&self, wanted: impl Fn(u32) -> bool) -> Rows {
         let mut found: Vec<(u64, At)> = Vec::with_capacity(self.len);
         for (at, bucket) in self.buckets.iter().enumerate() {
@@ -267,6 +305,10 @@ impl Table {
             }
         }
         found.sort_unstable_by_key(|&(id, _)| id);
+        self.rows_at(&found)
+    }
+
+    fn rows_at(&self, found: &[(u64, At)]) -> Rows {
         Rows {
             ids: found.iter().map(|&(id, _)| id).collect(),
             w: found.iter().map(|&(_, at)| self.w(at)).collect(),
@@ -303,6 +345,50 @@ impl Table {
             }
         }
         Ok(table)
+    }
+}
+
+impl Aged for Table {
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Every [`At`] is void. Takes a walk over the table, and no memory.
+    fn retain(&mut self, keep: impl Fn(u64, u32) -> bool) -> u64 {
+        let (count, before) = (self.buckets.len(), self.len);
+        // No row in front of `start` was put behind it for want of room. From there on, rows that stay are put back in the
+        // order in which they are met, so each lands where it was or nearer to its home.
+        let open = (0..count).find(|&at| self.buckets[at].id(LANES - 1) == 0).expect("a load of at most 0.6");
+        for at in (open + 1..count).chain(0..=open) {
+            let bucket = std::mem::replace(&mut self.buckets[at], EMPTY);
+            let z = self.z.as_mut().map(|z| std::mem::take(&mut z[at]));
+            for lane in 0..LANES {
+                let (id, row) = (bucket.id(lane), bucket.row(lane));
+                if id == 0 {
+                    break;
+                }
+                self.len -= 1;
+                if !keep(id, row.touched) {
+                    self.log.remove(id);
+                    continue;
+                }
+                let to = self.insert_new(id);
+                self.set(to, row);
+                if let Some(z) = z {
+                    *self.z(to) = z[lane];
+                }
+            }
+        }
+        (before - self.len) as u64
+    }
+
+    fn by_age(&self, count: usize) -> Option<(u32, u64)> {
+        let mut ages = Vec::with_capacity(self.len);
+        for bucket in &self.buckets {
+            let lanes = (0..LANES).filter(|&lane| bucket.id(lane) != 0);
+            ages.extend(lanes.map(|lane| (bucket.row(lane).touched, bucket.id(lane))));
+        }
+        (count < ages.len()).then(|| *ages.select_nth_unstable(count).1)
     }
 }
 
@@ -422,6 +508,54 @@ mod tests {
 
             let again = Table::from_rows(&rows).unwrap();
             prop_assert_eq!(again.rows(), rows);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_left_after_removal_is_a_table_that_never_held_the_rest(
+            // Crowded at both ends, so that rows lie far from home and wrap.
+            ids in prop::collection::vec(prop_oneof![(0u32..600).prop_map(id), 1u64..90, u64::MAX - 90..=u64::MAX], 0..700),
+            parts in prop::collection::vec(0u64..4, 1..4),
+            with_z in any::<bool>(),
+        ) {
+            let mut table = Table::new(with_z);
+            for part in parts {
+                table.reserve(ids.len());
+                for (i, &id) in ids.iter().enumerate() {
+                    let at = table.find_or_insert(id);
+                    if table.row(at).n == 0.0 {
+                        table.set(at, Row { w: i as f32, n: 1.0, touched: i as u32 });
+                    }
+                    if with_z {
+                        *table.z(at) = -(table.w(at));
+                    }
+                }
+                let before = table.rows();
+                let keep = |id: u64, touched: u32| (id ^ u64::from(touched)) % 4 != part;
+                let kept: Vec<usize> =
+                    (0..before.ids.len()).filter(|&i| keep(before.ids[i], before.touched[i])).collect();
+                let gone = Aged::retain(&mut table, keep);
+                prop_assert_eq!(gone as usize, before.ids.len() - kept.len());
+                let rows = table.rows();
+                prop_assert_eq!(&rows.ids, &kept.iter().map(|&i| before.ids[i]).collect::<Vec<_>>());
+                prop_assert_eq!(&rows.w, &kept.iter().map(|&i| before.w[i]).collect::<Vec<_>>());
+                prop_assert_eq!(&rows.touched, &kept.iter().map(|&i| before.touched[i]).collect::<Vec<_>>());
+                prop_assert!(rows.z.as_ref().is_none_or(|z| z.iter().zip(&rows.w).all(|(z, w)| *z == -w)));
+                for (i, &id) in before.ids.iter().enumerate() {
+                    prop_assert_eq!(table.find(id) != At::NONE, kept.contains(&i));
+                }
+                // A row that comes back begins with zeros: nothing is left in its place.
+                for &id in &ids {
+                    if table.find(id) == At::NONE {
+                        let at = table.find_or_insert(id);
+                        prop_assert_eq!(table.row(at), Row::default());
+                        if with_z {
+                            prop_assert_eq!(*table.z(at), 0.0);
+                        }
+                    }
+                }
+            }
         }
     }
 

@@ -10,14 +10,15 @@
 //! show in the result.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use candle_core::{Device, Tensor, Var};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::{Xxh3, xxh3_64, xxh3_64_with_seed};
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use super::Error;
+use super::admission::{self, Gate};
+use super::changes;
 use super::decay::{Decay, DecaySettings};
 use super::embedding::{Embeddings, Occurrence, Place, RowRule, Rows, Rules, STRIPES, stripe_of, uniform};
 use super::logistic::{Logistic, Outcome, column};
@@ -54,7 +55,8 @@ pub struct Settings {
     /// everywhere, weights differ in their last bits. Default `cpu`.
     pub device: String,
     pub embeddings: EmbeddingSettings,
-    pub table: TableSettings,
+    /// Which ids have a vector of their own.
+    pub table: admission::Settings,
     pub dense: DenseSettings,
 }
 
@@ -69,7 +71,7 @@ impl Default for Settings {
             wide: true,
             device: "cpu".to_owned(),
             embeddings: EmbeddingSettings::default(),
-            table: TableSettings::default(),
+            table: admission::Settings::default(),
             dense: DenseSettings::default(),
         }
     }
@@ -99,50 +101,6 @@ impl Default for EmbeddingSettings {
     }
 }
 
-/// `[model.two_tower.table]`: which ids have a vector of their own. Those that have none share their feature's default row.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct TableSettings {
-    /// Chance by which an example gives a new id its row: of two examples with 0.5, one does. A hash of seed, id and
-    /// impression decides. Above 0, at most 1. Default 1.
-    pub admit: f64,
-    /// A row that no example has named for this long in event time goes; it is looked for eight times in that time, so it
-    /// goes at most an eighth later. Default: rows stay.
-    #[serde(with = "humantime_serde")]
-    pub expire_after: Option<Duration>,
-    /// Most rows after a batch, at least 1024. When there are more, those touched longest ago go (equal ones by id), until an
-    /// eighth is free. Default: no bound.
-    pub capacity: Option<usize>,
-}
-
-impl Default for TableSettings {
-    fn default() -> Self {
-        Self { admit: 1.0, expire_after: None, capacity: None }
-    }
-}
-
-/// What became of ids, since the start of the lineage.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct TableCounts {
-    /// Rows that were made, default rows not counted.
-    pub admitted: u64,
-    /// Occurrences of ids without a row that did not get one.
-    pub refused: u64,
-    /// Rows removed for their age.
-    pub expired: u64,
-    /// Rows removed for want of room.
-    pub evicted: u64,
-}
-
-impl TableCounts {
-    /// By name.
-    #[must_use]
-    pub fn named(&self) -> [(&'static str, u64); 4] {
-        let Self { admitted, refused, expired, evicted } = *self;
-        [("admitted", admitted), ("refused", refused), ("expired", expired), ("evicted", evicted)]
-    }
-}
-
 /// Which tower sees a feature.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Side {
@@ -155,32 +113,34 @@ pub enum Side {
 pub struct Feature {
     pub side: Option<Side>,
     pub presentation: bool,
+    /// XORed with a row id it gives the id of the vector; 0: they are one. See [`Plan::id`].
+    pub key: u64,
 }
 
 /// Which columns of which tower's input the vectors of each feature are pooled into.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
-    /// By feature: tower (0 user, 1 item) and first column.
-    columns: Vec<Option<(usize, usize)>>,
+    /// By feature: tower (0 user, 1 item), first column and key.
+    columns: Vec<Option<(usize, usize, u64)>>,
     /// Of each tower's input.
     widths: [usize; 2],
 }
 
 impl Plan {
-    /// Features side by side in schema order, `dim` columns each.
+    /// Features side by side in schema order, `dim` columns each: the side of each, and its key.
     #[must_use]
-    pub fn new(sides: impl IntoIterator<Item = Option<Side>>, dim: usize) -> Self {
+    pub fn new(features: impl IntoIterator<Item = (Option<Side>, u64)>, dim: usize) -> Self {
         let mut widths = [0, 0];
-        let place = |side: Option<Side>| {
+        let place = |(side, key): (Option<Side>, u64)| {
             let tower = match side? {
                 Side::User => 0,
                 Side::Item => 1,
             };
             let at = widths[tower];
             widths[tower] += dim;
-            Some((tower, at))
+            Some((tower, at, key))
         };
-        let columns = sides.into_iter().map(place).collect();
+        let columns = features.into_iter().map(place).collect();
         Self { columns, widths }
     }
 
@@ -188,7 +148,19 @@ impl Plan {
     #[inline(always)]
     #[must_use]
     pub fn of(&self, feature: u16) -> Option<(usize, usize)> {
-        self.columns.get(usize::from(feature)).copied().flatten()
+        let (tower, column, _) = self.columns.get(usize::from(feature)).copied().flatten()?;
+        Some((tower, column))
+    }
+
+    /// The id of the vector that a row of a feature has. Features that share an embedding differ in their rows by their keys
+    /// alone, so the same value leads both to the same vector.
+    #[inline(always)]
+    #[must_use]
+    pub fn id(&self, feature: u16, row: u64) -> u64 {
+        match self.columns.get(usize::from(feature)) {
+            Some(&Some((_, _, key))) => (row ^ key).max(1),
+            _ => row,
+        }
     }
 
     #[must_use]
@@ -202,6 +174,8 @@ impl Plan {
 pub struct Layout {
     /// By feature or cross: the tower that sees it.
     pub sides: Vec<Option<Side>>,
+    /// By feature or cross: see [`Feature::key`].
+    pub keys: Vec<u64>,
     /// Weights of a row.
     pub dim: usize,
     /// Outputs of each layer.
@@ -214,7 +188,7 @@ pub struct Layout {
 impl Layout {
     #[must_use]
     pub fn plan(&self) -> Plan {
-        Plan::new(self.sides.iter().copied(), self.dim)
+        Plan::new(self.sides.iter().copied().zip(self.keys.iter().copied()), self.dim)
     }
 
     #[must_use]
@@ -229,11 +203,11 @@ pub struct Checked {
     pub settings: Settings,
     pub plan: Plan,
     sides: Vec<Option<Side>>,
+    keys: Vec<u64>,
     /// By feature: the logistic part sees it.
     wide: Vec<bool>,
     decay: Option<Decay>,
-    /// An eighth of the age at which rows expire, in ms.
-    expiry: Option<i64>,
+    gate: admission::Rules,
     seed: u64,
 }
 
@@ -257,19 +231,15 @@ impl Settings {
         let keys =
             ["two_tower.embeddings.decay.per", "two_tower.embeddings.decay.keep", "two_tower.embeddings.decay.floor"];
         let decay = decay.as_ref().map(|decay| decay.check(keys)).transpose()?;
-        let TableSettings { admit, expire_after, capacity } = self.table;
-        must(admit > 0.0 && admit <= 1.0, "two_tower.table.admit", "above 0 and at most 1", admit)?;
-        let expiry = match expire_after {
-            Some(after) => {
-                let eighth = i64::try_from(after.as_millis() / 8).unwrap_or(0);
-                let got = humantime_serde::re::humantime::format_duration(after);
-                must(eighth > 0, "two_tower.table.expire_after", "at least 8ms", got)?;
-                Some(eighth)
-            }
-            None => None,
+        let keys = admission::Keys {
+            admit: "two_tower.table.admit",
+            occurrences: "two_tower.table.count.occurrences",
+            bytes: "two_tower.table.count.bytes",
+            per: "two_tower.table.count.per",
+            expire_after: "two_tower.table.expire_after",
+            capacity: "two_tower.table.capacity",
         };
-        let room = capacity.unwrap_or(usize::MAX);
-        must(room >= 1024, "two_tower.table.capacity", "at least 1024", room)?;
+        let gate = self.table.check(&keys, seed)?;
         self.dense.check()?;
         let key = "two_tower.device";
         match parse_device(&self.device) {
@@ -286,7 +256,8 @@ impl Settings {
             Some(_) => {}
         }
         let sides: Vec<Option<Side>> = features.iter().map(|feature| feature.side).collect();
-        let plan = Plan::new(sides.iter().copied(), self.dim);
+        let keys: Vec<u64> = features.iter().map(|feature| feature.key).collect();
+        let plan = Plan::new(sides.iter().copied().zip(keys.iter().copied()), self.dim);
         let expected = "features of both towers: give some `tower = \"user\"` and some `tower = \"item\"`";
         let count = |side| features.iter().filter(|feature| feature.side == Some(side)).count();
         let (users, items) = (count(Side::User), count(Side::Item));
@@ -308,7 +279,7 @@ impl Settings {
             "no tower's, where a feature has `role = \"presentation\"`: it is unknown when candidates are scored";
         must(seen == 0, "two_tower", expected, format!("{seen} such features"))?;
         let wide = features.iter().map(|feature| self.wide || feature.presentation).collect();
-        Ok(Checked { settings: self.clone(), plan, sides, wide, decay, expiry, seed })
+        Ok(Checked { settings: self.clone(), plan, sides, keys, wide, decay, gate, seed })
     }
 }
 
@@ -332,7 +303,8 @@ impl Checked {
     #[must_use]
     pub fn layout(&self) -> Layout {
         let Settings { dim, ref layers, activation, layer_norm, normalize, .. } = self.settings;
-        Layout { sides: self.sides.clone(), dim, layers: layers.clone(), activation, layer_norm, normalize }
+        let (sides, keys) = (self.sides.clone(), self.keys.clone());
+        Layout { sides, keys, dim, layers: layers.clone(), activation, layer_norm, normalize }
     }
 
     fn device(&self) -> Result<Device, Error> {
@@ -383,9 +355,8 @@ pub struct State {
     pub dense: DenseState,
     /// (number of its first batch, event-time period), both ascending. Empty without decay.
     pub periods: Vec<(u32, i64)>,
-    /// (number of its first batch, eighth of the age of expiry), both ascending, the last nine. Empty without expiry.
-    pub eighths: Vec<(u32, i64)>,
-    pub counts: TableCounts,
+    /// What decides which ids have a row.
+    pub admission: admission::State,
     /// Batches whose dense gradient was not finite, and moved no dense parameter.
     pub skipped: u64,
 }
@@ -404,15 +375,13 @@ impl State {
         floats(hash, &self.params);
         floats(hash, &self.dense.mean);
         floats(hash, &self.dense.square);
-        let TableCounts { admitted, refused, expired, evicted } = self.counts;
+        let admission::Counts { admitted, refused, expired, evicted } = self.admission.counts;
         let numbers = [self.dense.examples, self.skipped, admitted, refused, expired, evicted];
         column(hash, numbers.len(), numbers.iter().map(|number| number.to_le_bytes()));
         let periods =
             self.periods.iter().map(|&(batch, period)| ((period as u128) << 32 | u128::from(batch)).to_le_bytes());
         column(hash, self.periods.len(), periods);
-        let eighths =
-            self.eighths.iter().map(|&(batch, number)| ((number as u128) << 32 | u128::from(batch)).to_le_bytes());
-        column(hash, self.eighths.len(), eighths);
+        self.admission.add_to(hash);
     }
 }
 
@@ -422,8 +391,7 @@ pub struct Image {
     params: Vec<f32>,
     dense: DenseState,
     periods: Vec<(u32, i64)>,
-    eighths: Vec<(u32, i64)>,
-    counts: TableCounts,
+    admission: admission::State,
     skipped: u64,
 }
 
@@ -436,11 +404,18 @@ impl Image {
             params: self.params.clone(),
             dense: self.dense.clone(),
             periods: self.periods.clone(),
-            eighths: self.eighths.clone(),
-            counts: self.counts,
+            admission: self.admission.clone(),
             skipped: self.skipped,
         }
     }
+}
+
+/// What became of the towers since a batch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Changes {
+    pub embedding: changes::Changes<Rows>,
+    /// All of them, packed as [`tower`] has it: every batch moves them.
+    pub params: Vec<f32>,
 }
 
 /// One shard's room, used again and again.
@@ -452,6 +427,8 @@ struct Shard {
     places: Vec<Place>,
     /// What falls to each stripe of the table, in the order of the examples.
     occurrences: Vec<Vec<Occurrence>>,
+    /// Of each occurrence of an id without a row: it has come often enough. Empty where ids are not counted.
+    often: Vec<bool>,
     /// Occurrences of ids that got no row.
     refused: u64,
     fit: Vec<bool>,
@@ -471,6 +448,7 @@ impl Shard {
             leaves: None,
             places: Vec::new(),
             occurrences: vec![Vec::new(); STRIPES],
+            often: Vec::new(),
             refused: 0,
             fit: Vec::new(),
             products: Vec::new(),
@@ -489,14 +467,14 @@ impl Shard {
                 .slots
                 .iter()
                 .filter(|slot| plan.of(slot.feature).is_some())
-                .for_each(|slot| table.prefetch(slot.row));
+                .for_each(|slot| table.prefetch(plan.id(slot.feature, slot.row)));
         };
         examples.iter().take(2).for_each(ask);
         for (i, example) in examples.iter().enumerate() {
             examples.get(i + 2).into_iter().for_each(ask);
             for slot in example.slots.iter().filter(|slot| plan.of(slot.feature).is_some()) {
                 // Id 0 stands for an empty place; its example is quarantined below.
-                let place = if slot.row == 0 { Place::NONE } else { table.find(slot.row) };
+                let place = if slot.row == 0 { Place::NONE } else { table.find(plan.id(slot.feature, slot.row)) };
                 table.prefetch_row(place);
                 self.places.push(place);
             }
@@ -534,8 +512,21 @@ impl Shard {
         }
     }
 
-    /// Notes to which rows the examples' gradients fall, once it is known which are learned from. `admit` says whether an
-    /// id may have its row by an example.
+    /// Counts the ids without a row, in the order of the examples.
+    fn count(&mut self, plan: &Plan, examples: &[Example<'_>], outcomes: &[Outcome], gate: &mut Gate) {
+        self.often.clear();
+        let mut places = self.places.iter();
+        for (example, outcome) in examples.iter().zip(outcomes) {
+            for slot in example.slots.iter().filter(|slot| plan.of(slot.feature).is_some()) {
+                if places.next() == Some(&Place::NONE) && !outcome.quarantined {
+                    self.often.push(gate.by_count(plan.id(slot.feature, slot.row)));
+                }
+            }
+        }
+    }
+
+    /// Notes to which rows the examples' gradients fall, once it is known which are learned from. `admit` says whether chance
+    /// lets an example give an id its row. `default_rows` are ids of vectors.
     fn note(
         &mut self,
         plan: &Plan,
@@ -546,7 +537,7 @@ impl Shard {
         admit: impl Fn(u64, u64) -> bool,
     ) {
         self.refused = 0;
-        let mut places = self.places.iter();
+        let (mut places, mut often) = (self.places.iter(), self.often.iter().copied());
         for (i, (example, outcome)) in examples.iter().zip(outcomes).enumerate() {
             for slot in example.slots {
                 let Some((tower, column)) = plan.of(slot.feature) else { continue };
@@ -555,18 +546,19 @@ impl Shard {
                     continue;
                 }
                 let (impression, example, column, value) = (example.id, i as u32, column as u32, slot.value);
+                let id = plan.id(slot.feature, slot.row);
                 let feature = usize::from(slot.feature);
                 let mut note = |id, place| {
                     self.occurrences[stripe_of(id)].push(Occurrence { id, place, example, column, tower, value });
                 };
                 if place == Place::NONE {
                     note(default_rows[feature], defaults[feature]);
-                    if !admit(slot.row, impression) {
+                    if !(often.next().unwrap_or(true) && admit(id, impression)) {
                         self.refused += 1;
                         continue;
                     }
                 }
-                note(slot.row, place);
+                note(id, place);
             }
         }
     }
@@ -635,15 +627,17 @@ pub struct TwoTower {
     pair: Arc<Pair>,
     on: On,
     table: Embeddings,
+    /// Ids of the vectors.
     default_rows: Vec<u64>,
     /// Of the features that a tower sees; they are there from the start.
     defaults: Vec<Place>,
+    /// The ids of these.
+    always: Vec<u64>,
     params: Vec<f32>,
     leaf: Var,
     dense: DenseState,
     periods: Vec<(u32, i64)>,
-    eighths: Vec<(u32, i64)>,
-    counts: TableCounts,
+    gate: Gate,
     skipped: u64,
     shards: Vec<Shard>,
     threads: Option<rayon::ThreadPool>,
@@ -675,21 +669,26 @@ impl TwoTower {
             let found = state.params.len();
             return refuse("towers", format!("{found} parameters where the settings give {}", pair.len));
         }
-        let State { rows, params, dense, periods, eighths, counts, skipped } = state;
+        let State { rows, params, dense, periods, admission, skipped } = state;
         if !params.iter().chain(&dense.mean).chain(&dense.square).all(|v| v.is_finite()) {
             return refuse("towers", "a number is not finite".to_owned());
         }
-        for (list, what) in [(&periods, "decay periods of the towers"), (&eighths, "ages of the towers' rows")] {
-            if !list.is_sorted_by(|a, b| a.0 < b.0 && a.1 < b.1) {
-                return refuse(what, "not ascending".to_owned());
-            }
+        if !periods.is_sorted_by(|a, b| a.0 < b.0 && a.1 < b.1) {
+            return refuse("decay periods of the towers", "not ascending".to_owned());
         }
+        let gate = Gate::new(checked.gate, admission, "embedding table")?;
+        let default_rows: Vec<u64> =
+            default_rows.iter().enumerate().map(|(feature, &row)| checked.plan.id(feature as u16, row)).collect();
         let mut table = Embeddings::from_rows(checked.rules(), &rows)?;
         let place = |(feature, &row): (usize, &u64)| match checked.plan.of(feature as u16) {
             Some(_) => table.find_or_insert(row),
             None => Place::NONE,
         };
-        let defaults = default_rows.iter().enumerate().map(place).collect();
+        let defaults: Vec<Place> = default_rows.iter().enumerate().map(place).collect();
+        let seen = default_rows.iter().zip(&defaults).filter(|(_, at)| **at != Place::NONE);
+        let mut always: Vec<u64> = seen.map(|(row, _)| *row).collect();
+        always.sort_unstable();
+        always.dedup();
         let threads = if threads > 1 {
             let pool =
                 rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("tower-{i}")).build();
@@ -707,12 +706,12 @@ impl TwoTower {
             table,
             default_rows,
             defaults,
+            always,
             params,
             leaf,
             dense,
             periods,
-            eighths,
-            counts,
+            gate,
             skipped,
             shards: Vec::new(),
             threads,
@@ -732,7 +731,7 @@ impl TwoTower {
     /// Memory of the table, in bytes.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.table.bytes()
+        self.table.bytes() + self.gate.bytes()
     }
 
     /// Scores and learns the examples of batch number `batch`, the logistic part among it: see the module. `time` is the
@@ -792,14 +791,14 @@ impl TwoTower {
         }
 
         let said: &[Outcome] = outcomes;
-        let (chance, seed) = (self.checked.settings.table.admit, self.checked.seed);
-        let most = (chance * u64::MAX as f64) as u64;
-        let admit = |row: u64, impression: u64| {
-            let mut bytes = [0; 16];
-            bytes[..8].copy_from_slice(&row.to_le_bytes());
-            bytes[8..].copy_from_slice(&impression.to_le_bytes());
-            chance >= 1.0 || xxh3_64_with_seed(&bytes, seed.wrapping_add(1)) <= most
-        };
+        if self.gate.counts() {
+            self.gate.enter(time);
+            for (i, shard) in shards.iter_mut().enumerate() {
+                shard.count(plan, &examples[part(i)], &said[part(i)], &mut self.gate);
+            }
+        }
+        let rules = self.gate.rules;
+        let admit = |id: u64, impression: u64| rules.by_chance(id, impression);
         each(self.threads.as_ref(), shards, |i, shard| {
             shard.note(plan, defaults, default_rows, &examples[part(i)], &said[part(i)], admit);
             if on.fused {
@@ -846,7 +845,7 @@ impl TwoTower {
             _ => n,
         };
         let occurrences: Vec<&[Vec<Occurrence>]> = shards.iter().map(|shard| shard.occurrences.as_slice()).collect();
-        self.counts.refused += shards.iter().map(|shard| shard.refused).sum::<u64>();
+        self.gate.state.counts.refused += shards.iter().map(|shard| shard.refused).sum::<u64>();
         let before = self.table.len();
         let mut stripes = self.table.stripes();
         each(self.threads.as_ref(), &mut stripes, |_, stripe| {
@@ -855,42 +854,8 @@ impl TwoTower {
             stripe.run(batch, of, &rested);
         });
         drop((stripes, held));
-        self.counts.admitted += (self.table.len() - before) as u64;
-        self.tidy(batch, time);
-    }
-
-    /// Behind a batch: removes rows that no example has named for long, and the oldest where there are too many.
-    fn tidy(&mut self, batch: u32, time: Time) {
-        let before = self.table.len();
-        if let Some(eighth) = self.checked.expiry {
-            let now = time.0.div_euclid(eighth);
-            if self.eighths.last().is_none_or(|&(_, last)| last < now) {
-                // Rows touched before the first batch that is younger than eight eighths are too old.
-                let young =
-                    self.eighths.iter().find(|&&(_, number)| number >= now - 8).map_or(batch, |&(first, _)| first);
-                self.eighths.retain(|&(_, number)| number >= now - 8);
-                self.eighths.push((batch, now));
-                self.retain(|touched, _| touched >= young);
-                self.counts.expired += (before - self.table.len()) as u64;
-            }
-        }
-        let before = self.table.len();
-        if let Some(capacity) = self.checked.settings.table.capacity
-            && before > capacity
-            && let Some(oldest) = self.table.by_age(before - capacity / 8 * 7)
-        {
-            self.retain(|touched, id| (touched, id) >= oldest);
-            self.counts.evicted += (before - self.table.len()) as u64;
-        }
-    }
-
-    /// Keeps the rows that `keep` (of touched and id) says, and default rows.
-    fn retain(&mut self, keep: impl Fn(u32, u64) -> bool) {
-        let mut always: Vec<u64> = Vec::new();
-        always.extend(
-            self.default_rows.iter().zip(&self.defaults).filter(|(_, at)| **at != Place::NONE).map(|(row, _)| row),
-        );
-        if self.table.retain(|id, touched| keep(touched, id) || always.contains(&id)) > 0 {
+        self.gate.state.counts.admitted += (self.table.len() - before) as u64;
+        if self.gate.tidy(&mut self.table, &self.always, batch, time) {
             for (row, at) in self.default_rows.iter().zip(&mut self.defaults).filter(|(_, at)| **at != Place::NONE) {
                 *at = self.table.find(*row);
             }
@@ -899,8 +864,24 @@ impl TwoTower {
 
     /// What became of ids.
     #[must_use]
-    pub fn counts(&self) -> TableCounts {
-        self.counts
+    pub fn ids(&self) -> admission::Counts {
+        self.gate.state.counts
+    }
+
+    /// Begins a segment of the log of changes behind `batch`; the first one turns it on.
+    pub fn mark(&mut self, batch: u32) {
+        self.table.mark(batch);
+    }
+
+    /// Drops what the log of changes holds for one who has not heard of `batch`.
+    pub fn forget_changes_to(&mut self, batch: u32) {
+        self.table.forget_changes_to(batch);
+    }
+
+    /// What became of the towers behind number `batch`; None where the log does not reach back so far.
+    #[must_use]
+    pub fn changes_after(&self, batch: u32) -> Option<Changes> {
+        Some(Changes { embedding: self.table.changes_after(batch)?, params: self.params.clone() })
     }
 
     /// What the towers add to the logit of an example with these slots.
@@ -909,7 +890,7 @@ impl TwoTower {
         let mut inputs = self.checked.plan.widths.map(|width| vec![0.0; width]);
         for slot in slots {
             let Some((tower, column)) = self.checked.plan.of(slot.feature) else { continue };
-            let place = self.table.find(slot.row);
+            let place = self.table.find(self.checked.plan.id(slot.feature, slot.row));
             let place = if place == Place::NONE { self.defaults[usize::from(slot.feature)] } else { place };
             let to = &mut inputs[tower][column..];
             to.iter_mut().zip(self.table.row(place)).for_each(|(sum, &w)| *sum += slot.value * w);
@@ -928,8 +909,7 @@ impl TwoTower {
             params: self.params.clone(),
             dense: self.dense.clone(),
             periods: self.periods.clone(),
-            eighths: self.eighths.clone(),
-            counts: self.counts,
+            admission: self.gate.state.clone(),
             skipped: self.skipped,
         }
     }
@@ -982,7 +962,7 @@ mod tests {
     const DEFAULTS: [u64; 4] = [u64::MAX / 7, u64::MAX / 3, u64::MAX / 2, u64::MAX / 5];
 
     fn features() -> Vec<Feature> {
-        let feature = |side, presentation| Feature { side, presentation };
+        let feature = |side, presentation| Feature { side, presentation, key: 0 };
         vec![
             feature(Some(Side::User), false),
             feature(Some(Side::User), false),
@@ -1011,7 +991,7 @@ mod tests {
         fn new(settings: &Settings, threads: usize) -> Self {
             let checked = settings.check(&features(), 5).unwrap();
             Self {
-                logistic: Logistic::new(logistic::Settings::default().check(4).unwrap(), DEFAULTS.to_vec()),
+                logistic: Logistic::new(logistic::Settings::default().check(4, 5).unwrap(), DEFAULTS.to_vec()),
                 towers: TwoTower::new(checked, DEFAULTS.to_vec(), threads).unwrap(),
             }
         }
@@ -1089,7 +1069,7 @@ mod tests {
                 v.as_array().unwrap().iter().map(|v| v.as_f64().unwrap() as f32).collect::<Vec<f32>>()
             };
             let settings: Settings = serde_json::from_value(case["settings"].clone()).unwrap();
-            let side = |side| Feature { side, presentation: false };
+            let side = |side| Feature { side, presentation: false, key: 0 };
             let (user, item) = (side(Some(Side::User)), side(Some(Side::Item)));
             let checked = settings.check(&[user, user, item, item, side(None)], 1).unwrap();
             let (ids, params) = (rows(&case["before"]["ids"]), numbers(&case["before"]["params"]));
@@ -1098,7 +1078,7 @@ mod tests {
             let before = Rows { ids, w: numbers(&case["before"]["w"]), n, touched };
             let defaults = rows(&case["default_rows"]);
             let state = State { rows: before, params, dense, ..State::default() };
-            let rule = logistic::Settings::default().check(5).unwrap();
+            let rule = logistic::Settings::default().check(5, 5).unwrap();
             let mut model = Both {
                 logistic: Logistic::new(rule, defaults.clone()),
                 towers: TwoTower::from_state(checked, defaults, 1, state).unwrap(),
@@ -1175,7 +1155,7 @@ mod tests {
                 }
                 let (logistic, towers) = model.state();
                 let checked = settings.check(&features(), 5).unwrap();
-                let rule = logistic::Settings::default().check(4).unwrap();
+                let rule = logistic::Settings::default().check(4, 5).unwrap();
                 let mut again = Both {
                     logistic: Logistic::from_state(rule, DEFAULTS.to_vec(), logistic.clone()).unwrap(),
                     towers: TwoTower::from_state(checked, DEFAULTS.to_vec(), 1, towers.clone()).unwrap(),
@@ -1214,7 +1194,10 @@ mod tests {
                 assert!(a[7].quarantined);
             }
             let (a, b) = (fused.state().1, composed.state().1);
-            assert_eq!((&a.rows.ids, &a.rows.touched, a.counts), (&b.rows.ids, &b.rows.touched, b.counts));
+            assert_eq!(
+                (&a.rows.ids, &a.rows.touched, a.admission.counts),
+                (&b.rows.ids, &b.rows.touched, b.admission.counts)
+            );
             let furthest = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             let (rows, params) = (furthest(&a.rows.w, &b.rows.w), furthest(&a.params, &b.params));
             println!("furthest apart: {rows:e} in the rows, {params:e} in the layers");
@@ -1244,7 +1227,7 @@ mod tests {
             (settings.dense.rate, settings.dense.warm_up) = (0.01, 0);
             settings.embeddings = EmbeddingSettings { rate: 0.1, initial: 0.3, ..EmbeddingSettings::default() };
             let mut model = Both::new(&settings, 1);
-            let mut plain = Logistic::new(logistic::Settings::default().check(4).unwrap(), DEFAULTS.to_vec());
+            let mut plain = Logistic::new(logistic::Settings::default().check(4, 5).unwrap(), DEFAULTS.to_vec());
             let (mut ours, mut theirs) = (0.0, 0.0);
             for batch in 1..=240 {
                 let drawn = stream.batch(256);
@@ -1345,7 +1328,7 @@ mod tests {
     #[test]
     fn a_row_goes_when_no_example_has_named_it_for_long() {
         let mut settings = settings();
-        settings.table.expire_after = Some(Duration::from_secs(80));
+        settings.table.expire_after = Some(std::time::Duration::from_secs(80));
         let (mut model, mut stream) = (Both::new(&settings, 1), Stream::new(8));
         let once = stream.batch(1);
         model.learn(1, &examples(&once)); // at 3 s, in the eighth of 0 to 10 s
@@ -1356,10 +1339,10 @@ mod tests {
             model.learn(batch, &examples(&other));
             assert!(there(&model), "batch {batch}");
         }
-        assert_eq!(model.towers.counts().expired, 0);
+        assert_eq!(model.towers.ids().expired, 0);
         model.learn(30, &examples(&other)); // at 90 s
         assert!(!there(&model));
-        assert!(model.towers.counts().expired >= 1);
+        assert!(model.towers.ids().expired >= 1);
         assert_eq!(model.towers.product(&once[0].0), {
             let mut unknown = once.clone();
             unknown[0].0[0].row = 0x0123_4567_89ab_cdef;
@@ -1384,7 +1367,7 @@ mod tests {
             let newest = drawn.iter().all(|(slots, _)| model.towers.table.find(slots[0].row) != Place::NONE);
             assert!(newest, "the rows of batch {batch} stay");
         }
-        let counts = model.towers.counts();
+        let counts = model.towers.ids();
         assert!(counts.admitted > 8000 && counts.evicted > 6900, "{counts:?}");
         assert_eq!(counts.admitted - counts.evicted + 3, model.towers.rows() as u64);
         // The default rows are there, whatever their age.
@@ -1407,7 +1390,7 @@ mod tests {
         };
         let (one, two) = (run(1, 11), run(2, 11));
         assert_eq!(one.state(), two.state());
-        let counts = one.towers.counts();
+        let counts = one.towers.ids();
         let mut distinct: Vec<u64> = Stream::new(11)
             .batch(600)
             .iter()
@@ -1420,6 +1403,178 @@ mod tests {
         // Three of four occurrences are refused; of rows that come often most get in all the same.
         assert!((counts.refused as f64 / occurrences - 0.75).abs() < 0.05, "{counts:?} of {occurrences}");
         assert!(counts.admitted < distinct.len() as u64 && counts.admitted > distinct.len() as u64 / 4, "{counts:?}");
+    }
+
+    /// Settings under which ids come, wait and go, in both tables.
+    fn crowded() -> (Settings, logistic::Settings) {
+        let second = std::time::Duration::from_secs(1);
+        let count = admission::CountSettings { occurrences: 3, bytes: 1 << 12, per: second * 20 };
+        let table = admission::Settings {
+            admit: 0.8,
+            count: Some(count),
+            expire_after: Some(second * 16),
+            capacity: Some(1024),
+        };
+        (Settings { table: table.clone(), ..settings() }, logistic::Settings { table, ..logistic::Settings::default() })
+    }
+
+    /// A batch in which a user's id is new in three of four examples, and comes four times.
+    fn crowd(stream: &mut Stream, batch: u32) -> Vec<(Vec<Slot>, bool)> {
+        let mut drawn = stream.batch(600);
+        for (i, (slots, _)) in (0u32..).zip(&mut drawn).filter(|(i, _)| i % 4 != 0) {
+            let new = batch * 150 + i / 4 - i % 4 * 150;
+            slots[0].row = xxh3_64(&(1u64 << 40 | u64::from(new)).to_le_bytes());
+        }
+        drawn
+    }
+
+    fn both(settings: &(Settings, logistic::Settings), threads: usize) -> Both {
+        let checked = settings.0.check(&features(), 5).unwrap();
+        Both {
+            logistic: Logistic::new(settings.1.check(4, 5).unwrap(), DEFAULTS.to_vec()),
+            towers: TwoTower::new(checked, DEFAULTS.to_vec(), threads).unwrap(),
+        }
+    }
+
+    #[test]
+    fn admission_by_count_follows_the_order_of_the_examples_and_goes_on_from_a_stored_state() {
+        let settings = crowded();
+        let (mut one, mut two, mut stream) = (both(&settings, 1), both(&settings, 3), Stream::new(14));
+        for batch in 5..=30 {
+            let drawn = crowd(&mut stream, batch);
+            let mut all = examples(&drawn);
+            all.iter_mut().zip(1000..).for_each(|(example, id)| example.id = id);
+            assert_eq!(one.learn(batch, &all), two.learn(batch, &all), "batch {batch}");
+            if batch % 7 == 0 {
+                let (logistic, towers) = two.state();
+                let checked = settings.0.check(&features(), 5).unwrap();
+                two = Both {
+                    logistic: Logistic::from_state(settings.1.check(4, 5).unwrap(), DEFAULTS.to_vec(), logistic)
+                        .unwrap(),
+                    towers: TwoTower::from_state(checked, DEFAULTS.to_vec(), 2, towers).unwrap(),
+                };
+            }
+        }
+        assert_eq!(one.state(), two.state());
+        for ids in [one.logistic.ids(), one.towers.ids()] {
+            assert!(ids.admitted > 500 && ids.refused > 5000 && ids.expired > 100, "{ids:?}");
+        }
+        let changed = |change: fn(&mut State)| {
+            let mut state = one.state().1;
+            change(&mut state);
+            let digest = |state: &State| {
+                let mut hash = Xxh3::new();
+                state.add_to(&mut hash);
+                hash.digest128()
+            };
+            digest(&state) != digest(&one.state().1)
+        };
+        assert!(changed(|s| s.admission.counter = None));
+    }
+
+    #[test]
+    fn the_log_of_changes_says_what_a_comparison_of_the_whole_tables_says() {
+        let mut settings = crowded();
+        (settings.0.table.count, settings.0.table.admit) = (None, 1.0);
+        let (mut ours, mut plain, mut stream) = (both(&settings, 2), both(&settings, 1), Stream::new(15));
+        assert_eq!(ours.towers.changes_after(0), None, "off until it is asked for");
+        ours.towers.mark(0);
+        let (mut states, mut removed, mut back) = (vec![(0, ours.state().1.rows)], 0, 0);
+        for batch in 5..=40 {
+            let drawn = crowd(&mut stream, batch);
+            assert_eq!(ours.learn(batch, &examples(&drawn)), plain.learn(batch, &examples(&drawn)));
+            if batch % 3 == 0 {
+                ours.towers.mark(batch);
+                states.push((batch, ours.state().1.rows));
+            }
+            let now = ours.state().1;
+            for (then, before) in &states {
+                let changes = ours.towers.changes_after(*then).unwrap();
+                assert_eq!(changes.params, now.params);
+                let Changes { embedding: changes::Changes { rows, removed: gone }, .. } = changes;
+                let touched: Vec<usize> = (0..now.rows.ids.len()).filter(|&i| now.rows.touched[i] > *then).collect();
+                assert_eq!(rows.ids, touched.iter().map(|&i| now.rows.ids[i]).collect::<Vec<_>>());
+                assert_eq!(
+                    rows.w,
+                    touched.iter().flat_map(|&i| &now.rows.w[i * 4..][..4]).copied().collect::<Vec<_>>()
+                );
+                let missing = before.ids.iter().filter(|id| now.rows.ids.binary_search(id).is_err());
+                assert_eq!(gone, missing.copied().collect::<Vec<_>>(), "since {then} at {batch}");
+                removed += gone.len();
+                back += rows.ids.iter().filter(|id| before.ids.binary_search(id).is_ok()).count();
+            }
+            if states.len() > 4 {
+                let (first, _) = states.remove(0);
+                ours.towers.forget_changes_to(states[0].0);
+                assert_eq!(ours.towers.changes_after(first), None, "{first} was forgotten");
+            }
+        }
+        assert!(removed > 1000 && back > 1000, "{removed} {back}");
+        assert_eq!(ours.state(), plain.state(), "the log does not show");
+    }
+
+    #[test]
+    fn a_shared_vector_learns_from_both_towers() {
+        const KEY: u64 = 0x0123_4567_89ab_cdef;
+        // A user's bag holds items; the same vectors under another row.
+        let mut shared = features();
+        shared[1].key = KEY;
+        let settings = Settings {
+            activation: Activation::Tanh,
+            embeddings: EmbeddingSettings { initial: 0.4, ..EmbeddingSettings::default() },
+            ..settings()
+        };
+        let checked = settings.check(&shared, 5).unwrap();
+        let mut defaults = DEFAULTS.to_vec();
+        defaults[1] = DEFAULTS[2] ^ KEY;
+        let mut model = Both {
+            logistic: Logistic::new(logistic::Settings::default().check(4, 5).unwrap(), defaults.clone()),
+            towers: TwoTower::new(checked, defaults.clone(), 1).unwrap(),
+        };
+        let mut stream = Stream::new(16);
+        let item = |value: u64| xxh3_64(&(2u64 << 32 | value).to_le_bytes());
+        for batch in 1..=6 {
+            let mut drawn = stream.batch(200);
+            let bags = drawn.iter_mut().flat_map(|(slots, _)| slots).filter(|slot| slot.feature == 1);
+            bags.for_each(|slot| slot.row = item(slot.row % 60) ^ KEY);
+            model.learn(batch, &examples(&drawn));
+        }
+        let ids = model.state().1.rows.ids;
+        assert!(!ids.iter().any(|id| (0..60).any(|i| *id == item(i) ^ KEY)), "the bag has no vectors of its own");
+        let weights = model.logistic.state().rows.ids;
+        assert!((0..60).filter(|i| weights.contains(&(item(*i) ^ KEY))).count() > 15, "but weights");
+
+        // One example that names the item in both towers: the step follows the gradient of the whole.
+        let (id, place) = (item(7), model.towers.table.find(item(7)));
+        let slot = |row, value, feature| Slot { row, value, feature, flags: 0 };
+        let (own, bag) = (slot(id, 1.0, 2), slot(id ^ KEY, 0.6, 1));
+        let slots = [slot(xxh3_64(&9u64.to_le_bytes()), 1.0, 0), bag, own, slot(5, 1.0, 3)];
+        let before = model.state().1;
+        let at = before.rows.ids.binary_search(&id).unwrap();
+        let (row, n) = (&before.rows.w[at * 4..][..4], before.rows.n[at]);
+        assert_eq!(row, model.towers.table.row(place));
+        let moved = |i: usize, by: f32| {
+            let mut state = before.clone();
+            state.rows.w[at * 4 + i] += by;
+            let checked = settings.check(&shared, 5).unwrap();
+            TwoTower::from_state(checked, defaults.clone(), 1, state).unwrap().product(&slots)
+        };
+        let slope: Vec<f32> = (0..4).map(|i| (moved(i, 4e-3) - moved(i, -4e-3)) / 8e-3).collect();
+        let outcome = model.learn(7, &[example_of(&slots)])[0];
+        let g: Vec<f32> = slope.iter().map(|s| s * outcome.gradient).collect();
+        let square = g.iter().map(|g| g * g).sum::<f32>() / 4.0;
+        let rested = 0.5f32.powi((7 * 3 / 10) - (before.rows.touched[at] as i32 * 3 / 10)) * n;
+        let step = 0.05 / (0.01 + rested + square).sqrt();
+        let after = model.towers.table.row(model.towers.table.find(id));
+        for i in 0..4 {
+            let (expected, found) = (-step * g[i], after[i] - row[i]);
+            assert!((expected - found).abs() < 0.02 * step * square.sqrt() + 1e-6, "{i}: {found}, expected {expected}");
+        }
+        assert!(square > 1e-8, "{g:?}");
+    }
+
+    fn example_of(slots: &[Slot]) -> Example<'_> {
+        Example { slots, positive: true, weight: 1.0, sampling_offset: 0.0, time: Time(0), id: 1 }
     }
 
     #[test]
@@ -1460,9 +1615,9 @@ mod tests {
         assert!(changed(|s| s.dense.examples += 1));
         assert!(changed(|s| s.skipped += 1));
         assert!(changed(|s| s.periods[0].1 += 1));
-        assert!(changed(|s| s.eighths.push((1, 1))));
-        assert!(changed(|s| s.counts.evicted += 1));
-        assert!(changed(|s| s.counts.refused += 1));
+        assert!(changed(|s| s.admission.eighths.push((1, 1))));
+        assert!(changed(|s| s.admission.counts.evicted += 1));
+        assert!(changed(|s| s.admission.counts.refused += 1));
     }
 
     #[test]

@@ -115,7 +115,11 @@ impl Towers {
     /// feature of it.
     pub(super) fn add_products(&self, overlay: &Overlay, scratch: &mut Scratch, logits: &mut [f32]) {
         let Scratch { ground, inputs, work: [user, item], user: u } = scratch;
-        overlay.slots().iter().take(2 * BLOCK).for_each(|slot| self.index.prefetch(slot.row));
+        overlay
+            .slots()
+            .iter()
+            .take(2 * BLOCK)
+            .for_each(|slot| self.index.prefetch(self.plan.id(slot.feature, slot.row)));
         self.clear(inputs, BLOCK);
         overlay.ground().iter().for_each(|slot| self.pool(slot, inputs, 0));
         let widths = self.plan.widths();
@@ -170,7 +174,10 @@ impl Towers {
     #[inline]
     fn pool(&self, slot: &Slot, inputs: &mut [Vec<f32>; 2], row: usize) {
         let Some((tower, column)) = self.plan.of(slot.feature) else { return };
-        let at = self.index.get(slot.row).unwrap_or_else(|| self.defaults[usize::from(slot.feature)]);
+        let at = self
+            .index
+            .get(self.plan.id(slot.feature, slot.row))
+            .unwrap_or_else(|| self.defaults[usize::from(slot.feature)]);
         let to = &mut inputs[tower][row * self.plan.widths()[tower] + column..][..self.dim];
         match (at as usize).checked_sub(self.base.len()) {
             None => self.base.add(at as usize, slot.value, to),

@@ -446,6 +446,7 @@ mod tests {
         if with_towers {
             let layout = Layout {
                 sides: vec![Some(Side::User), Some(Side::Item)],
+                keys: vec![0, 0],
                 dim: DIM,
                 layers: vec![2],
                 activation: Activation::Relu,

@@ -14,6 +14,8 @@ pub(super) const IDS: &str = "embedding.ids";
 pub(super) const ROWS: &str = "embedding.rows";
 const FEATURES: &str = "towers.features";
 const ACTIVATION: &str = "towers.activation";
+/// Only where some feature uses the vectors of another.
+const KEYS: &str = "towers.keys";
 const SCALE: &str = "towers.scale";
 
 /// Towers with their table. Ids are uniform hashes, so the sorted column is its own index.
@@ -59,7 +61,8 @@ impl Towers {
         }
         let mut defaults = vec![None; default_rows.len()];
         for (feature, row) in default_rows.iter().enumerate().filter(|(i, _)| layout.sides[*i].is_some()) {
-            defaults[feature] = find(&ids, *row);
+            let row = plan.id(feature as u16, *row);
+            defaults[feature] = find(&ids, row);
             if defaults[feature].is_none() {
                 return wrong(IDS, &format!("with the default row {row:016x} of feature {feature}"), "none".to_owned());
             }
@@ -89,7 +92,8 @@ impl Towers {
             }
             for slot in slots {
                 let Some((tower, column)) = self.plan.of(slot.feature) else { continue };
-                let own = find(&self.ids, slot.row).or_else(|| self.defaults[usize::from(slot.feature)]);
+                let own = find(&self.ids, self.plan.id(slot.feature, slot.row))
+                    .or_else(|| self.defaults[usize::from(slot.feature)]);
                 let Some(at) = own else { continue };
                 self.rows.add(at, slot.value, &mut inputs[tower][column..column + self.layout.dim]);
             }
@@ -141,8 +145,13 @@ impl Towers {
 
     pub(super) fn has_array(&self, name: &str) -> bool {
         [IDS, FEATURES, ACTIVATION].contains(&name)
+            || (name == KEYS && self.has_keys())
             || self.rows.has_array(ROWS, name)
             || names(&self.pair).iter().any(|(other, _, _)| other == name)
+    }
+
+    fn has_keys(&self) -> bool {
+        self.layout.keys.iter().any(|key| *key != 0)
     }
 
     pub(super) fn to_arrays(&self, arrays: &mut Arrays) {
@@ -155,6 +164,9 @@ impl Towers {
         };
         let features: Vec<u8> = self.layout.sides.iter().map(code).collect();
         arrays.push_u8(FEATURES, &[features.len()], &features);
+        if self.has_keys() {
+            arrays.push_u64(KEYS, &[features.len()], &self.layout.keys);
+        }
         arrays.push_u8(ACTIVATION, &[1], &[u8::from(self.layout.activation == Activation::Tanh)]);
         for (name, shape, at) in names(&self.pair) {
             arrays.push_f32(name, &shape, &self.params[at]);
@@ -185,6 +197,13 @@ impl Towers {
                 return wrong(FEATURES, "of both towers", format!("nothing of {side:?}"));
             }
         }
+        let keys = match arrays.get(KEYS) {
+            Some(_) => arrays.u64s(KEYS)?,
+            None => vec![0; sides.len()],
+        };
+        if keys.len() != sides.len() {
+            return wrong(KEYS, &format!("{} long, like `{FEATURES}`", sides.len()), keys.len().to_string());
+        }
         let activation = match arrays.u8s(ACTIVATION)?[..] {
             [0] => Activation::Relu,
             [1] => Activation::Tanh,
@@ -200,8 +219,8 @@ impl Towers {
             return wrong("towers.user.*.bias", "1 to 4 layers of 1 to 1024", format!("{layers:?}"));
         }
         let layer_norm = arrays.get("towers.user.0.gain").is_some();
-        let layout =
-            Layout { sides, dim: rows.dim(), layers, activation, layer_norm, normalize: arrays.get(SCALE).is_some() };
+        let normalize = arrays.get(SCALE).is_some();
+        let layout = Layout { sides, keys, dim: rows.dim(), layers, activation, layer_norm, normalize };
         let params = read_params(arrays, &layout.pair())?;
         Self::new(layout, ids, rows, params, default_rows).map(Some)
     }

@@ -13,11 +13,11 @@ use crate::merge::{Click, JournalEntry, PartitionPosition};
 use crate::model::logistic::{FeatureCounts, Intercept};
 use crate::model::optim::DenseState;
 use crate::model::table::Rows;
-use crate::model::{State, embedding, logistic, two_tower};
+use crate::model::{State, admission, embedding, logistic, two_tower};
 use crate::snapshot::codec::{self, Arrays};
 
 /// Version of the checkpoint's content. A reader refuses another one.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// The part of a checkpoint that is small and worth reading by eye.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -109,6 +109,7 @@ pub fn arrays(image: &Image, model: &State) -> Arrays {
     arrays.push_u32("model.touched", &[rows.touched.len()], &rows.touched);
     arrays.push_f64("model.intercept", &[2], &[model.intercept.w, model.intercept.n]);
     arrays.push_u32("model.intercept_touched", &[1], &[model.intercept.touched]);
+    admission_arrays("model", &model.admission, &mut arrays);
     let progress = &image.progress;
     arrays.push_u64("progress", &[progress.len()], progress);
     let mut clicks: Vec<&Click> = image.clicks.iter().collect();
@@ -135,14 +136,54 @@ fn tower_arrays(towers: &two_tower::State, arrays: &mut Arrays) {
     arrays.push_f32("towers.params", &[towers.params.len()], &towers.params);
     arrays.push_f32("towers.mean", &[towers.dense.mean.len()], &towers.dense.mean);
     arrays.push_f32("towers.square", &[towers.dense.square.len()], &towers.dense.square);
-    let two_tower::TableCounts { admitted, refused, expired, evicted } = towers.counts;
-    let numbers = [towers.dense.examples, towers.skipped, admitted, refused, expired, evicted];
-    arrays.push_u64("towers.numbers", &[numbers.len()], &numbers);
-    for (name, list) in [("towers.periods", &towers.periods), ("towers.eighths", &towers.eighths)] {
-        let (batches, periods): (Vec<u32>, Vec<i64>) = list.iter().copied().unzip();
-        arrays.push_u32(format!("{name}.batches"), &[batches.len()], &batches);
-        arrays.push_i64(name, &[periods.len()], &periods);
+    arrays.push_u64("towers.numbers", &[2], &[towers.dense.examples, towers.skipped]);
+    push_periods("towers.periods", &towers.periods, arrays);
+    admission_arrays("towers", &towers.admission, arrays);
+}
+
+/// What stands beside a table's rows, under its name.
+fn admission_arrays(table: &str, state: &admission::State, arrays: &mut Arrays) {
+    push_periods(&format!("{table}.eighths"), &state.eighths, arrays);
+    let admission::Counts { admitted, refused, expired, evicted } = state.counts;
+    arrays.push_u64(format!("{table}.admission"), &[4], &[admitted, refused, expired, evicted]);
+    if let Some(counter) = &state.counter {
+        let cells = counter.cells();
+        arrays.push_u8(format!("{table}.counter"), &[cells.len()], &cells);
+        arrays.push_i64(format!("{table}.counter_period"), &[1], &[counter.period()]);
     }
+}
+
+fn read_admission(table: &str, arrays: &Arrays) -> codec::Result<admission::State> {
+    let wrong = |what: &str| codec::Error::Missing(format!("{what} of {table}"));
+    let [admitted, refused, expired, evicted] = arrays.u64s(&format!("{table}.admission"))?[..] else {
+        return Err(wrong("four counts of ids"));
+    };
+    let cells = format!("{table}.counter");
+    let counter = match arrays.get(&cells) {
+        Some(_) => {
+            let [period] = arrays.i64s(&format!("{table}.counter_period"))?[..] else {
+                return Err(wrong("the period of the counters"));
+            };
+            Some(admission::Counter::from_cells(period, &arrays.u8s(&cells)?))
+        }
+        None => None,
+    };
+    let counts = admission::Counts { admitted, refused, expired, evicted };
+    Ok(admission::State { eighths: read_periods(&format!("{table}.eighths"), arrays)?, counter, counts })
+}
+
+fn push_periods(name: &str, list: &[(u32, i64)], arrays: &mut Arrays) {
+    let (batches, periods): (Vec<u32>, Vec<i64>) = list.iter().copied().unzip();
+    arrays.push_u32(format!("{name}.batches"), &[batches.len()], &batches);
+    arrays.push_i64(name, &[periods.len()], &periods);
+}
+
+fn read_periods(name: &str, arrays: &Arrays) -> codec::Result<Vec<(u32, i64)>> {
+    let (batches, periods) = (arrays.u32s(&format!("{name}.batches"))?, arrays.i64s(name)?);
+    if batches.len() != periods.len() {
+        return Err(codec::Error::Missing(format!("{name}, one for each of {name}.batches")));
+    }
+    Ok(batches.into_iter().zip(periods).collect())
 }
 
 fn read_towers(arrays: &Arrays) -> codec::Result<Option<two_tower::State>> {
@@ -155,21 +196,13 @@ fn read_towers(arrays: &Arrays) -> codec::Result<Option<two_tower::State>> {
         n: arrays.f32s("towers.n")?,
         touched: arrays.u32s("towers.touched")?,
     };
-    let [examples, skipped, admitted, refused, expired, evicted] = arrays.u64s("towers.numbers")?[..] else {
-        return Err(codec::Error::Missing("six of towers.numbers".to_owned()));
+    let [examples, skipped] = arrays.u64s("towers.numbers")?[..] else {
+        return Err(codec::Error::Missing("two of towers.numbers".to_owned()));
     };
-    let counts = two_tower::TableCounts { admitted, refused, expired, evicted };
     let dense = DenseState { examples, mean: arrays.f32s("towers.mean")?, square: arrays.f32s("towers.square")? };
-    let list = |name: &str| {
-        let (batches, periods) = (arrays.u32s(&format!("{name}.batches"))?, arrays.i64s(name)?);
-        if batches.len() != periods.len() {
-            return Err(codec::Error::Missing(format!("{name}, one for each of {name}.batches")));
-        }
-        Ok(batches.into_iter().zip(periods).collect::<Vec<_>>())
-    };
-    let (periods, eighths) = (list("towers.periods")?, list("towers.eighths")?);
+    let (periods, admission) = (read_periods("towers.periods", arrays)?, read_admission("towers", arrays)?);
     let params = arrays.f32s("towers.params")?;
-    Ok(Some(two_tower::State { rows, params, dense, periods, eighths, counts, skipped }))
+    Ok(Some(two_tower::State { rows, params, dense, periods, admission, skipped }))
 }
 
 /// A segment of seen ids as a file of its own.
@@ -211,6 +244,7 @@ pub fn read(head: &Head, arrays: &Arrays, seen: Vec<Arc<Segment>>) -> codec::Res
         intercept: Intercept { w, n, touched },
         periods: head.periods.clone(),
         counts: head.features.clone(),
+        admission: read_admission("model", arrays)?,
     };
     let model = State { logistic, towers: read_towers(arrays)? };
     let columns = ["time", "id", "content", "partition_row", "offset", "event_time", "flags"];
