@@ -7,8 +7,10 @@ use std::time::{Duration, Instant};
 use crate::clock;
 use crate::config::Checked;
 use crate::event::Slot;
-use crate::model::{self, admission};
+use crate::model::changes::Changes;
+use crate::model::{self, TableFigures};
 use crate::snapshot::codec;
+use crate::snapshot::delta::{Delta, TowersDelta};
 use crate::snapshot::gate;
 use crate::snapshot::manifest::PartitionPosition;
 use crate::snapshot::publish::{Content, Plan};
@@ -17,18 +19,41 @@ use crate::snapshot::store::Traffic;
 use crate::snapshot::towers::Towers;
 use crate::snapshot::{self, Facts, Golden, ModelInfo, Outcome, Publisher, Remedy, Store, Vectors, Version, Weights};
 use crate::telemetry::{self, Stage};
-use crate::train::core::Image;
+use crate::train::core::{Core, Image, Standing};
 use crate::train::fresh::{self, Fresh};
 use crate::train::image::{self, Digests};
 use crate::train::progressive;
 
-/// What is to be published: the state at a boundary, and fresh examples to prove the weights with.
+/// What is to be published of a boundary, and fresh examples to prove and to judge it with.
 pub struct Job {
-    pub image: Image,
+    pub standing: Standing,
+    pub tables: Vec<TableFigures>,
     pub report: progressive::Report,
-    pub golden: Vec<Vec<Slot>>,
+    /// With the logits of the model itself.
+    pub golden: Vec<Golden>,
     /// Examples since the job before, for the gate.
     pub fresh: Fresh,
+    pub model: Part,
+}
+
+/// The model, or what of it was touched since the batch that was published last.
+pub enum Part {
+    Whole(Box<Image>),
+    Touched { since: u64, changes: Box<model::Changes> },
+}
+
+impl Job {
+    /// Takes what is published of the core's last boundary. `since` is the batch that was published last, if that is certain.
+    pub fn new(core: &mut Core, since: Option<u64>) -> Self {
+        let changes = |since: u64| Some((since, core.model.changes_after(u32::try_from(since).ok()?)?));
+        let model = match since.and_then(changes) {
+            Some((since, changes)) => Part::Touched { since, changes: Box::new(changes) },
+            None => Part::Whole(Box::new(core.image())),
+        };
+        let golden = golden(core);
+        let (standing, tables, report) = (core.standing(), core.model.tables(), core.progress.report());
+        Self { standing, tables, report, golden, fresh: core.fresh.take(), model }
+    }
 }
 
 /// A version that the gate did not let pass.
@@ -53,6 +78,8 @@ struct State {
     busy: bool,
     closed: bool,
     published: Published,
+    /// The batch of the version that the next one changes.
+    acknowledged: Option<u64>,
     /// Publishing is over for good: fenced, or a person is needed.
     stopped: Option<String>,
 }
@@ -67,6 +94,7 @@ struct Shared {
 pub struct Handle {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
+    deltas: bool,
 }
 
 /// Why publishing cannot start or has stopped.
@@ -112,7 +140,7 @@ impl Handle {
             Worker { publisher, store, plan, runtime, model, gate, report: None, window, counted, swept: None };
         let body = move || worker.run(&ours);
         let thread = thread::Builder::new().name("publish".into()).spawn(body)?;
-        Ok(Self { shared, thread: Some(thread) })
+        Ok(Self { shared, thread: Some(thread), deltas: settings.deltas > 0 })
     }
 
     /// Puts a job into the slot. An error means that publishing has stopped for good.
@@ -131,6 +159,20 @@ impl Handle {
     pub fn busy(&self) -> bool {
         let state = lock(&self.shared);
         state.busy || state.slot.is_some()
+    }
+
+    /// The batch that was published last. None where that is not certain, since a job is under way, or where it does not
+    /// matter.
+    #[must_use]
+    pub fn acknowledged(&self) -> Option<u64> {
+        let state = lock(&self.shared);
+        if self.deltas && !state.busy && state.slot.is_none() { state.acknowledged } else { None }
+    }
+
+    /// Whether versions are made of what was touched.
+    #[must_use]
+    pub fn deltas(&self) -> bool {
+        self.deltas
     }
 
     /// What has become of versions.
@@ -219,6 +261,7 @@ impl Worker {
             telemetry::pinned(matches!(result, Ok(Outcome::Pinned { .. })));
             let mut state = lock(shared);
             state.busy = false;
+            state.acknowledged = self.publisher.acknowledged();
             match result {
                 Ok(Outcome::Held(version)) => {
                     let reason = self.report.take().and_then(|report| report.reason).unwrap_or_default();
@@ -233,7 +276,7 @@ impl Worker {
                 Ok(Outcome::Published(version)) => {
                     state.published = Published { version: Some(version), withheld: None };
                     telemetry::published(version.0, began.elapsed().as_secs_f64());
-                    if let Some(frontier) = job.image.place.frontier {
+                    if let Some(frontier) = job.standing.place.frontier {
                         telemetry::reached(Stage::Published, frontier.time, clock::now());
                     }
                 }
@@ -304,22 +347,26 @@ impl Worker {
     }
 
     fn publish(&mut self, job: &Job) -> snapshot::Result<Outcome> {
-        let image = &job.image;
-        let model = image.model.sorted();
-        let digests = image::digests(image, &model, self.window);
-        let tables = table_counts(&model);
-        let weights = weights(&self.model, model).map_err(|error| snapshot::Error::Unfit(error.to_string()))?;
-        let golden = golden(job, &weights);
-        let content = Content::from(weights);
-        let mut facts = facts(job, digests);
-        facts.counts.extend(tables);
+        let unfit = |error: codec::Error| snapshot::Error::Unfit(error.to_string());
+        let (content, digests) = match &job.model {
+            Part::Whole(image) => {
+                let model = image.model.sorted();
+                let digests = image::digests(image, &model, self.window);
+                (Content::from(weights(&self.model, model).map_err(unfit)?), Some(digests))
+            }
+            Part::Touched { since, changes } => {
+                let touched = Arc::new(touched(&self.model, changes).map_err(unfit)?);
+                (Content::Changes { since: *since, touched }, None)
+            }
+        };
+        let facts = facts(job, digests);
         self.report = self.judge(&job.fresh);
         let mut wait = Duration::from_millis(200);
         for attempt in 1.. {
             match self.runtime.block_on(self.publisher.publish(
                 &content,
                 facts.clone(),
-                &golden,
+                &job.golden,
                 self.report.clone(),
             )) {
                 Err(error) if error.remedy() == Remedy::Retry && attempt < TRIES => {
@@ -334,20 +381,6 @@ impl Worker {
     }
 }
 
-/// Rows of each table, and what became of ids, for the counts in a manifest.
-fn table_counts(model: &model::State) -> Vec<(String, u64)> {
-    let table = |name: &'static str, rows: usize, ids: &admission::Counts| {
-        let ids = ids.named().map(|(what, n)| (format!("{name}_{what}"), n));
-        std::iter::once((format!("{name}_rows"), rows as u64)).chain(ids)
-    };
-    let mut counts: Vec<_> =
-        table("logistic", model.logistic.rows.ids.len(), &model.logistic.admission.counts).collect();
-    if let Some(towers) = &model.towers {
-        counts.extend(table("embedding", towers.rows.ids.len(), &towers.admission.counts));
-    }
-    counts
-}
-
 /// What is published of a model.
 fn weights(checked: &model::Checked, state: model::State) -> Result<Weights, codec::Error> {
     let logistic = state.logistic;
@@ -359,41 +392,54 @@ fn weights(checked: &model::Checked, state: model::State) -> Result<Weights, cod
     Ok(weights.with_towers(towers))
 }
 
-/// What the manifest says of a job's image.
-fn facts(job: &Job, digests: Digests) -> Facts {
-    let image = &job.image;
-    let counts = serde_json::to_value(image.counts).expect("plain data");
+/// What is published of a model's changes.
+fn touched(checked: &model::Checked, changes: &model::Changes) -> Result<Delta, codec::Error> {
+    let model::Changes { logistic: Changes { rows, removed }, intercept, towers } = changes;
+    let towers = checked.towers.as_ref().zip(towers.as_ref()).map(|(checked, changes)| {
+        let Changes { rows, removed } = &changes.embedding;
+        let vectors = Vectors::exact(checked.settings.dim, rows.w.clone());
+        let pair = checked.layout().pair();
+        TowersDelta::new(pair, rows.ids.clone(), vectors, removed.clone(), changes.params.clone())
+    });
+    Delta::touched(rows.ids.clone(), rows.w.clone(), removed.clone(), intercept.w as f32, towers)
+}
+
+/// What the manifest says of a job.
+fn facts(job: &Job, digests: Option<Digests>) -> Facts {
+    let Standing { place, partitions, journal, counts } = &job.standing;
+    let counts = serde_json::to_value(counts).expect("plain data");
     let counts = counts.as_object().into_iter().flatten().filter_map(|(k, v)| Some((k.clone(), v.as_u64()?)));
+    let of_table = |table: &TableFigures| {
+        let ids = table.ids.iter().map(|(what, n)| (format!("{}_{what}", table.name), *n));
+        std::iter::once((format!("{}_rows", table.name), table.rows as u64)).chain(ids).collect::<Vec<_>>()
+    };
     let position = |p: &crate::merge::PartitionPosition| PartitionPosition {
         name: p.name.clone(),
         stream: p.stream,
         offset: p.from.offset,
     };
     Facts {
-        frontier_time: image.place.frontier.map(|key| key.time),
-        positions: image.partitions.iter().map(position).collect(),
-        event_times: image.place.event_times,
-        batch: image.place.batches,
-        counts: counts.collect(),
-        journal: image.journal.iter().map(|entry| serde_json::to_string(entry).expect("plain data")).collect(),
+        frontier_time: place.frontier.map(|key| key.time),
+        positions: partitions.iter().map(position).collect(),
+        event_times: place.event_times,
+        batch: place.batches,
+        counts: counts.chain(job.tables.iter().flat_map(of_table)).collect(),
+        journal: journal.iter().map(|entry| serde_json::to_string(entry).expect("plain data")).collect(),
         metrics: serde_json::to_value(job.report).expect("plain data"),
-        model_digest: digests.model,
-        order_digest: digests.order,
+        model_digest: digests.as_ref().map(|digests| digests.model.clone()),
+        order_digest: digests.map(|digests| digests.order),
     }
 }
 
-/// Fresh examples, one of them with ids that no row has, each with the logit of the weights.
-fn golden(job: &Job, weights: &Weights) -> Vec<Golden> {
-    let mut examples = job.golden.clone();
-    if let Some(first) = examples.first().cloned() {
-        examples.push(first.into_iter().map(|slot| Slot { row: unknown(slot.row, weights), ..slot }).collect());
-    }
-    examples.iter().map(|slots| Golden::new(slots, weights.logit(slots))).collect()
-}
-
-/// An id near `row` that has no row.
-fn unknown(row: u64, weights: &Weights) -> u64 {
-    (1..).map(|step| row.wrapping_add(step)).find(|id| *id != 0 && !weights.has(*id)).expect("fewer than 2^64 rows")
+/// Fresh examples, one of them with ids that no row has, each with the logit of the model.
+fn golden(core: &Core) -> Vec<Golden> {
+    let mut examples = core.golden();
+    let unknown = |slot: &Slot| {
+        let near = (1..).map(|step| Slot { row: slot.row.wrapping_add(step), ..*slot });
+        near.into_iter().find(|slot| slot.row != 0 && !core.model.has(slot)).expect("fewer than 2^64 rows")
+    };
+    examples.extend(examples.first().map(|first| first.iter().map(unknown).collect()));
+    examples.iter().map(|slots| Golden::new(slots, core.model.score(slots))).collect()
 }
 
 /// An error and its causes on one line.

@@ -138,6 +138,7 @@ pub fn run(
         last_checkpoint: Instant::now(),
         batches_at_checkpoint: core.place().batches,
         last_publish: None,
+        marked: Vec::new(),
         next_mark: None,
         frozen: false,
         kept: Ok(()),
@@ -312,6 +313,9 @@ fn drain(core: &mut Core, predictions: Option<&mut Predictions>, dead: &mut Dead
     Ok(())
 }
 
+/// Most segments of the log of changes; while the store is away the last one grows, by the rows that are there at most.
+const MARKS: usize = 8;
+
 /// The parts of a running job that act at batch boundaries.
 struct Running<'a> {
     checked: &'a Checked,
@@ -320,6 +324,8 @@ struct Running<'a> {
     last_checkpoint: Instant,
     batches_at_checkpoint: u64,
     last_publish: Option<Instant>,
+    /// Batches behind which a segment of the model's log of changes begins, since the one that was published last.
+    marked: Vec<u64>,
     /// Event time of the next publication mark.
     next_mark: Option<Time>,
     /// The checkpoint to resume from lies behind: windows are cut from here on.
@@ -368,19 +374,36 @@ impl Running<'_> {
             let least = self.checked.config.publish.min_interval;
             if self.last_publish.is_none_or(|last| last.elapsed() >= least) && !publisher.busy() {
                 self.last_publish = Some(Instant::now());
-                publisher.offer(Self::job(core))?;
+                let job = self.job(core);
+                self.offer(job)?;
             }
         }
         Ok(())
+    }
+
+    fn offer(&self, job: Job) -> Result<(), Error> {
+        self.publisher.as_ref().map_or(Ok(()), |publisher| publisher.offer(job).map_err(Error::from))
     }
 
     fn published(&self) -> Published {
         self.publisher.as_ref().map(Handle::published).unwrap_or_default()
     }
 
-    fn job(core: &mut Core) -> Job {
-        let (image, report, golden) = (core.image(), core.progress.report(), core.golden());
-        Job { image, report, golden, fresh: core.fresh.take() }
+    fn job(&mut self, core: &mut Core) -> Job {
+        let Some(publisher) = self.publisher.as_ref().filter(|publisher| publisher.deltas()) else {
+            return Job::new(core, None);
+        };
+        let since = publisher.acknowledged();
+        let job = Job::new(core, since);
+        if let Some(since) = since {
+            core.model.forget_changes_to(since as u32);
+            self.marked.retain(|marked| *marked > since);
+        }
+        if self.marked.len() < MARKS {
+            self.marked.push(core.place().batches);
+            core.model.mark(core.place().batches as u32);
+        }
+        job
     }
 
     /// Writes a checkpoint of the last boundary and waits for it.
@@ -419,8 +442,9 @@ impl Running<'_> {
     ) -> Result<Option<u64>, Error> {
         let mut kept = std::mem::replace(&mut self.kept, Ok(()));
         if core.place().frontier.is_some() {
-            if let Some(publisher) = &self.publisher {
-                publisher.offer(Self::job(core))?;
+            if self.publisher.is_some() {
+                let job = self.job(core);
+                self.offer(job)?;
             }
             if self.frozen {
                 dead.flush()?;

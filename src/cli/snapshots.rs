@@ -234,8 +234,8 @@ async fn show(store: &Store, version: Option<Version>, place: &Where, out: &mut 
     }
     line("journal", &format_args!("{} entries", facts.journal.len()))?;
     line("golden vectors", &manifest.golden.len())?;
-    line("model digest", &facts.model_digest)?;
-    line("order digest", &facts.order_digest)?;
+    line("model digest", &or_none(facts.model_digest.clone()))?;
+    line("order digest", &or_none(facts.order_digest.clone()))?;
     Ok(())
 }
 

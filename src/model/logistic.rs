@@ -697,6 +697,12 @@ impl Logistic {
         slots.iter().fold(0.0, |sum, slot| sum + self.weight_of(slot).0 * slot.value) + self.intercept()
     }
 
+    /// Whether an id has a row.
+    #[must_use]
+    pub fn has(&self, row: u64) -> bool {
+        self.table.find(row) != At::NONE
+    }
+
     /// What each slot adds to the logit, in slot order. With [`Logistic::intercept`] added last they sum to it.
     #[must_use]
     pub fn explain(&self, slots: &[Slot]) -> Vec<Contribution> {

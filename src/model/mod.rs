@@ -15,7 +15,7 @@ pub mod two_tower; // both, and a batch's whole step beside the logistic part
 
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::event::{Example, Time};
+use crate::event::{Example, Slot, Time};
 use logistic::{FeatureCounts, Intercept, Logistic, Outcome};
 use two_tower::TwoTower;
 
@@ -105,6 +105,20 @@ impl Model {
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.logistic.bytes() + self.towers.as_ref().map_or(0, |towers| towers.bytes())
+    }
+
+    /// The logit of an example with these slots, as a node computes it: the products of rows and values summed in slot order,
+    /// then the intercept, then what the towers say.
+    #[must_use]
+    pub fn score(&self, slots: &[Slot]) -> f32 {
+        let logit = self.logistic.score(slots);
+        self.towers.as_ref().map_or(logit, |towers| logit + towers.product(slots))
+    }
+
+    /// Whether a slot's id has a row of its own in any table.
+    #[must_use]
+    pub fn has(&self, slot: &Slot) -> bool {
+        self.logistic.has(slot.row) || self.towers.as_ref().is_some_and(|towers| towers.has(slot))
     }
 
     /// Begins a segment of the log of changes behind number `batch`, so to be called at a batch boundary. The first one turns

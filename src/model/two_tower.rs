@@ -884,6 +884,12 @@ impl TwoTower {
         Some(Changes { embedding: self.table.changes_after(batch)?, params: self.params.clone() })
     }
 
+    /// Whether a slot's id has a row.
+    #[must_use]
+    pub fn has(&self, slot: &Slot) -> bool {
+        self.table.find(self.checked.plan.id(slot.feature, slot.row)) != Place::NONE
+    }
+
     /// What the towers add to the logit of an example with these slots.
     #[must_use]
     pub fn product(&self, slots: &[Slot]) -> f32 {

@@ -137,10 +137,10 @@ pub struct Facts {
     pub journal: Vec<String>,
     /// The progressive report, of a model of age zero.
     pub metrics: serde_json::Value,
-    /// Of parameters, optimizer, tables and feature state.
-    pub model_digest: String,
+    /// Of parameters, optimizer, tables and feature state. None where the version was made from what was touched alone.
+    pub model_digest: Option<String>,
     /// The model digest and everything else that the order decides.
-    pub order_digest: String,
+    pub order_digest: Option<String>,
 }
 
 /// Where a partition is to be read on.

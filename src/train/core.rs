@@ -126,6 +126,15 @@ pub struct Place {
     pub first_unreleased: Vec<(u64, u32)>,
 }
 
+/// A batch boundary, without the state there.
+#[derive(Clone, Debug)]
+pub struct Standing {
+    pub place: Place,
+    pub partitions: Vec<PartitionPosition>,
+    pub journal: Vec<JournalEntry>,
+    pub counts: join::Counts,
+}
+
 /// A complete copy of the state at a batch boundary: what a checkpoint is made from.
 pub struct Image {
     pub place: Place,
@@ -575,13 +584,9 @@ impl Core {
         self.merge.checkpoint(&self.positions)
     }
 
-    /// A copy of the state at the last batch boundary. Costs a copy of the model and of what waits; sorting and writing
-    /// are left to whoever takes it.
+    /// Where the last batch boundary is, and what is known of the way there.
     #[must_use]
-    pub fn image(&self) -> Image {
-        let join = self.join.at_boundary();
-        let mut clicks = join.clicks;
-        clicks.extend(self.merge.waiting_clicks().copied());
+    pub fn standing(&self) -> Standing {
         let mut place = self.place.clone();
         place.first_unreleased = self.merge.first_unreleased();
         let impressions = self.merge.impression_partitions();
@@ -590,10 +595,22 @@ impl Core {
                 *first = (*first).min(*since);
             }
         }
+        let (counts, _) = self.join.settled();
+        Standing { place, partitions: self.positions(), journal: self.merge.journal().to_vec(), counts: *counts }
+    }
+
+    /// A copy of the state at the last batch boundary. Costs a copy of the model and of what waits; sorting and writing
+    /// are left to whoever takes it.
+    #[must_use]
+    pub fn image(&self) -> Image {
+        let Standing { place, partitions, journal, .. } = self.standing();
+        let join = self.join.at_boundary();
+        let mut clicks = join.clicks;
+        clicks.extend(self.merge.waiting_clicks().copied());
         Image {
             place,
-            partitions: self.positions(),
-            journal: self.merge.journal().to_vec(),
+            partitions,
+            journal,
             clicks,
             seen: join.seen,
             counts: join.counts,
