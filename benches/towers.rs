@@ -56,7 +56,7 @@ fn main() {
 
     let settings = Settings { wide, ..Settings::default() };
     let feature =
-        |i| Feature { side: Some(if i < FEATURES / 2 { Side::User } else { Side::Item }), presentation: false };
+        |i| Feature { side: Some(if i < FEATURES / 2 { Side::User } else { Side::Item }), presentation: false, key: 0 };
     let features: Vec<Feature> = (0..FEATURES).map(feature).collect();
     let checked = settings.check(&features, 1).unwrap();
     let mut ids: Vec<u64> =

@@ -141,6 +141,8 @@ def train_towers(name, snapshots=None, **settings):
     config = SLATES.replace("slates.jsonl", "../slates/slates.jsonl").replace("clicks.jsonl", "../slates/clicks.jsonl")
     for feature, tower in towers.items():
         config = config.replace(f'name = "{feature}"\n', f'name = "{feature}"\ntower = "{tower}"\n')
+    # A user's history is of items, and uses their vectors.
+    config = config.replace('name = "history"\n', 'name = "history"\nembedding = "item"\n')
     settings = {"kind": "two_tower", "two_tower.dense.rate": 0.01, "two_tower.dense.warm_up": 0, **settings}
     (home / "towers.toml").write_text(config)
     sets = [part for key, value in settings.items() for part in ("--set", f"model.{key}={json.dumps(value)}")]
