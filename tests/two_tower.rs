@@ -83,6 +83,37 @@ fn the_number_of_threads_does_not_show() {
 }
 
 #[test]
+fn deltas_of_what_was_touched_end_in_the_full_that_a_job_without_deltas_publishes() {
+    let input = stream(DISTURBED);
+    let last = |settings: &[&str]| {
+        let job = job(&input.path().join("in"));
+        job.edit("prior_ctr = 0.1", "prior_ctr = 0.1\n[model.logistic.table]\nexpire_after = \"24s\"\ncapacity = 1024");
+        job.train(
+            &[&["--until-end", "--set", "snapshots.keep=1000", "--set", "publish.every=\"10s\""], settings].concat(),
+        );
+        let store = Store::open(job.path("snapshots").to_str().unwrap()).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let mut touched = 0;
+        for version in runtime.block_on(store.versions()).unwrap().into_keys() {
+            let manifest = runtime.block_on(store.manifest(version, "a test")).unwrap();
+            touched += u32::from(manifest.facts.model_digest.is_none());
+        }
+        (runtime.block_on(store.load_latest("live")).unwrap().unwrap(), touched)
+    };
+    for precision in ["snapshots.precision=\"f32\"", "snapshots.precision=\"int8\""] {
+        let (full, none) = last(&["--set", precision, "--set", "snapshots.deltas=0"]);
+        let (delta, touched) = last(&["--set", precision, "--set", "snapshots.deltas=1000"]);
+        assert_eq!((none, full.manifest.facts.model_digest.is_some()), (0, true));
+        assert!(touched > 1 && delta.manifest.facts.model_digest.is_none(), "{touched} versions of what was touched");
+        assert_eq!(delta.weights, full.weights, "{precision}");
+        assert_eq!(delta.manifest.golden, full.manifest.golden);
+        let counts = |snapshot: &Snapshot| snapshot.manifest.facts.counts.clone();
+        assert_eq!(counts(&delta), counts(&full));
+        assert!(counts(&full)["embedding_evicted"] > 0 && counts(&full)["logistic_expired"] > 0, "{:?}", counts(&full));
+    }
+}
+
+#[test]
 fn a_job_killed_at_random_moments_ends_in_the_bytes_of_one_that_never_was() {
     let input = stream(DISTURBED);
     // Ids that come several times and never again: in the first half of each file so many that rows are evicted, in the

@@ -161,6 +161,16 @@ impl Handle {
         state.busy || state.slot.is_some()
     }
 
+    /// Waits until no job is waiting or being published, or none will be.
+    pub fn wait(&self) {
+        let over = || self.thread.as_ref().is_none_or(JoinHandle::is_finished);
+        let mut state = lock(&self.shared);
+        while state.stopped.is_none() && (state.busy || state.slot.is_some()) && !over() {
+            let waited = self.shared.changed.wait_timeout(state, Duration::from_millis(100));
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
     /// The batch that was published last. None where that is not certain, since a job is under way, or where it does not
     /// matter.
     #[must_use]
@@ -305,6 +315,7 @@ impl Worker {
                 }
             }
             drop(state);
+            shared.changed.notify_all();
             if published && self.swept.is_none_or(|swept| swept.elapsed() >= SWEEP) {
                 self.sweep();
             }

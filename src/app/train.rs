@@ -442,7 +442,9 @@ impl Running<'_> {
     ) -> Result<Option<u64>, Error> {
         let mut kept = std::mem::replace(&mut self.kept, Ok(()));
         if core.place().frontier.is_some() {
-            if self.publisher.is_some() {
+            if let Some(publisher) = &self.publisher {
+                // Then the last version is one more delta.
+                publisher.wait();
                 let job = self.job(core);
                 self.offer(job)?;
             }
