@@ -73,7 +73,7 @@ impl<'de> Deserialize<'de> for OrNever {
 pub struct JobSettings {
     /// Names the training job in snapshots and logs. Default `"tidemill"`.
     pub name: String,
-    /// Seed of every choice that is left to chance (down-sampling, the weights that towers begin with). Default 0.
+    /// Seed of every choice that is left to chance (down-sampling, admission, the weights that towers begin with). Default 0.
     pub seed: u64,
     /// Threads that decode records. Default 0: one per core, less the one that learns, at least one.
     pub decode_threads: usize,
