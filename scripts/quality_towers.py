@@ -14,6 +14,8 @@ batches of `batch.examples`; nn.Embedding(sparse=True) with Adagrad for vectors 
 Adam for the layers. `row-wise` is the same with the rule that keeps one accumulator a row, which torch.optim does not have. What differs: its wide
 part learns by batch, and an id that it has not seen begins with its own random vector, where ours answers with its feature's default row.
 
+Behind a log loss stands by how much it is worse than the logistic model's on the same examples, and the standard error of that.
+
 Tidemill runs as shipped (batches end by `batch.period` too) and in the batches that PyTorch gets (`batch.period = "never"`).
 """
 
@@ -42,12 +44,9 @@ class Streamed:
         place = {name: k for k, name in enumerate(self.names)}
         pairs = [[place[name] for name in cross["of"]] for cross in crosses]
         slots, numbers = len(features) + len(pairs), {}
-        flat, values, counts, labels, seen, times = [], [], [], [], set(), []
+        flat, values, counts, labels, keys, times = [], [], [], [], [], []
         for record in quality.records(files[0]):
             key = str(record["id"])
-            if key in seen:
-                continue
-            seen.add(key)
             parts = [quality.values_of(record, feature) for feature in features]
             for pair in pairs:
                 combined = [((), 1.0)]
@@ -59,10 +58,10 @@ class Streamed:
                     flat.append(numbers.setdefault((k, v), len(numbers)))
                     values.append(w)
                 counts.append(len(part))
+            keys.append(key)
             times.append(record["ts"])
             labels.append(any(0 <= at - record["ts"] <= window for at in clicked.get(key, ())))
-        assert all(a <= b for a, b in zip(times, times[1:])), "impressions are not in the order of their times"
-        self.rows, self.labels = len(numbers), np.array(labels, dtype=np.float32)
+        self.rows = len(numbers)
         counts = np.array(counts, dtype=np.int32).reshape(-1, slots)
         widths = counts.max(axis=0)
         first = np.concatenate([[0], np.cumsum(widths)])
@@ -75,12 +74,22 @@ class Streamed:
         self.values = np.zeros((len(counts), first[-1]), dtype=np.float32)
         self.ids[owner // slots, column] = flat
         self.values[owner // slots, column] = values
+        # By event time; of each id the first counts.
+        seen, order = set(), []
+        for i in np.argsort(times, kind="stable"):
+            if keys[i] not in seen:
+                seen.add(keys[i])
+                order.append(i)
+        self.keys = [keys[i] for i in order]
+        self.labels = np.array(labels, dtype=np.float32)[order]
+        self.ids, self.values = self.ids[order], self.values[order]
 
 
 def pytorch(data, features, settings, logistic, prior, batch, wide, row_wise):
     """Predictions of one pass."""
     import torch
 
+    torch.sparse.check_sparse_tensor_invariants.disable()
     torch.manual_seed(1)
     dim, layers, vectors, dense = settings["dim"], settings["layers"], settings["embeddings"], settings["dense"]
     sides = [[k for k, feature in enumerate(features) if feature.get("tower") == side] for side in ("user", "item")]
@@ -173,19 +182,32 @@ def compare(source, arguments):
     stats = json.loads(truth.read_text()) if truth.is_file() else {}
     table = []
 
-    def note(name, p, y, seconds):
+    first = {}
+
+    def note(name, scores, seconds):
+        """`scores`: probability and label by id, or as they lie."""
+        p, y = (np.array(column) for column in zip(*scores.values()))
         row = {"name": name, **quality.judge(p, y), "seconds": round(seconds, 1)}
+        loss = -np.log(np.clip(np.where(y > 0.5, p, 1 - p), 1e-7, 1))
+        by_id = dict(zip(scores, loss))
+        if not first:
+            first.update(by_id)
+        else:
+            # The same examples, so the difference of means has a small error.
+            apart = np.array([value - first[key] for key, value in by_id.items()])
+            row["worse"], row["error"] = float(apart.mean()), float(apart.std() / len(apart) ** 0.5)
         if "best_logloss" in stats:
             row["share"] = (stats["constant_logloss"] - row["logloss"]) / (stats["constant_logloss"] - stats["best_logloss"])
         table.append(row)
         share = f"  share {row['share']:.3f}" if "share" in row else ""
-        print(f"{name:56} logloss {row['logloss']:.5f}  AUC {row['auc']:.4f}{share}  {seconds:5.1f} s", flush=True)
+        worse = f"  {row['worse']:+.6f} ({row['error']:.6f})" if "worse" in row else ""
+        print(f"{name:52} logloss {row['logloss']:.5f}{worse:23}  AUC {row['auc']:.4f}{share}  {seconds:5.1f} s", flush=True)
 
     def ours(name, more):
         began = time.time()
         with tempfile.TemporaryDirectory() as scratch:
             scores, _ = quality.tidemill(binary, config, files, scratch, [*more, *arguments.set])
-        note(f"Tidemill, {name}", *zip(*scores.values()), time.time() - began)
+        note(f"Tidemill, {name}", scores, time.time() - began)
 
     print(f"{source}: log loss {stats['constant_logloss']:.5f} of the constant, {stats['best_logloss']:.5f} of the truth" if stats else source)
     kind = 'model.kind="two_tower"'
@@ -207,7 +229,7 @@ def compare(source, arguments):
                     what = f"{'two towers' if wide else 'towers alone'}, batches of {batch}{', row-wise' if row_wise else ''}"
                     began = time.time()
                     p = pytorch(data, features, towers, logistic, prior, batch, wide, row_wise)
-                    note(f"PyTorch, {what}", p, data.labels, time.time() - began)
+                    note(f"PyTorch, {what}", dict(zip(data.keys, zip(p, data.labels))), time.time() - began)
     return {"source": str(source), "table": table}
 
 

@@ -178,6 +178,35 @@ fn a_checkpoint_of_one_kind_is_refused_by_the_other() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "cuda"), ignore = "needs a GPU: scripts/build_cuda.sh test --test two_tower on_a_gpu")]
+fn on_a_gpu_a_job_sees_the_same_examples_and_says_nearly_the_same() {
+    // Without a GPU it fails, with what is missing: nothing was compared.
+    let input = generate(DISTURBED);
+    let run = |device: &str| {
+        let job = job(&input.path().join("in"));
+        let (device, predictions) = (format!("model.two_tower.device={device}"), job.path("predictions.csv"));
+        let done = job.train(&["--until-end", "--set", &device, "--predictions", predictions.to_str().unwrap()]);
+        (job, done, std::fs::read_to_string(predictions).unwrap())
+    };
+    let ((cpu, there, expected), (_, done, said)) = (run("cpu"), run("cuda:0"));
+    assert_eq!((&done["counts"], &done["examples"], &done["rows"]), (&there["counts"], &there["examples"], &there["rows"]));
+    assert_eq!(said.lines().count(), expected.lines().count());
+    for (said, expected) in said.lines().zip(expected.lines()).skip(1) {
+        let ((id, p, y), (of, q, label)) = (columns(said), columns(expected));
+        assert_eq!((id, y), (of, label));
+        assert!((p - q).abs() < 1e-3, "{said} on the GPU, {expected} on the CPU");
+    }
+    // The device binds no checkpoint.
+    assert_eq!(cpu.train(&["--until-end", "--set", "model.two_tower.device=cuda:0"])["resumed"], true);
+}
+
+fn columns(line: &str) -> (&str, f64, &str) {
+    let mut columns = line.split(',');
+    let mut next = || columns.next().unwrap();
+    (next(), next().parse().unwrap(), next())
+}
+
+#[test]
 fn a_model_without_features_for_a_tower_is_refused_with_the_key_to_set() {
     let input = generate(&["-n", "10"]);
     let job = Job::over(&input.path().join("in"));

@@ -65,6 +65,9 @@ impl Check {
                 (Origin::Kafka(_), None) => unreachable!("the config was checked"),
             }
         }
+        if let Some(device) = checked.model.reach_device()? {
+            ok("device", format!("`{device}` can compute towers"))?;
+        }
         if let Some(settings) = &config.checkpoint {
             let dir = settings.dir.display();
             let detail = match Checkpoints::open(&settings.dir) {

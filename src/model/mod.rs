@@ -50,6 +50,13 @@ impl Checked {
         Ok(Model { logistic, towers: towers.transpose()?.map(Box::new) })
     }
 
+    /// Where the towers are computed, once it is known to be there. None: no towers.
+    pub fn reach_device(&self) -> Result<Option<&str>, Error> {
+        let Some(towers) = &self.towers else { return Ok(None) };
+        towers.device()?;
+        Ok(Some(&towers.settings.device))
+    }
+
     /// The model that goes on from `state`.
     pub fn resume(&self, state: State) -> Result<Model, Error> {
         let logistic = Logistic::from_state(self.logistic, self.default_rows.clone(), state.logistic)?;

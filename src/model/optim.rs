@@ -26,7 +26,7 @@ pub struct DenseSettings {
     /// Examples of a whole step. A batch of `n` is `n / examples` of one: so far goes the rate, and so much does Adam forget.
     /// At least 1. Default 512.
     pub examples: u64,
-    /// Whole steps in which the rate rises from 0 to `rate`, evenly; 0: none. Default 500.
+    /// Whole steps in which the rate rises from 0 to `rate`, evenly; 0: none. Default 200.
     pub warm_up: u64,
     /// Longest gradient (Euclidean, summed over the batch); a longer one is shortened to it. Above 0. Default 10.
     pub clip: f64,
@@ -34,7 +34,7 @@ pub struct DenseSettings {
 
 impl Default for DenseSettings {
     fn default() -> Self {
-        Self { rule: DenseRule::Adam, rate: 1e-3, examples: 512, warm_up: 500, clip: 10.0 }
+        Self { rule: DenseRule::Adam, rate: 1e-3, examples: 512, warm_up: 200, clip: 10.0 }
     }
 }
 

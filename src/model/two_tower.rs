@@ -83,7 +83,7 @@ impl Default for Settings {
 pub struct EmbeddingSettings {
     /// `row_wise` (one accumulator a row) or `element_wise` (one a weight): AdaGrad. Default `row_wise`.
     pub rule: RowRule,
-    /// Learning rate. Above 0, at most 10. Default 0.05.
+    /// Learning rate. Above 0, at most 10. Default 0.1.
     pub rate: f32,
     /// Added to the accumulator under the root, above 0. Default 0.01.
     pub n0: f32,
@@ -97,7 +97,7 @@ pub struct EmbeddingSettings {
 
 impl Default for EmbeddingSettings {
     fn default() -> Self {
-        Self { rule: RowRule::RowWise, rate: 0.05, n0: 0.01, clip: 10.0, initial: 0.05, decay: None }
+        Self { rule: RowRule::RowWise, rate: 0.1, n0: 0.01, clip: 10.0, initial: 0.05, decay: None }
     }
 }
 
@@ -307,7 +307,8 @@ impl Checked {
         Layout { sides, keys, dim, layers: layers.clone(), activation, layer_norm, normalize }
     }
 
-    fn device(&self) -> Result<Device, Error> {
+    /// The device, opened: here it shows whether it is there.
+    pub(super) fn device(&self) -> Result<Device, Error> {
         let (kind, number) = parse_device(&self.settings.device).unwrap_or(("cpu", 0));
         let device = match kind {
             "cuda" => Device::new_cuda(number),
@@ -315,8 +316,14 @@ impl Checked {
             _ => Ok(Device::Cpu),
         };
         let expected = "a device of this machine (`cpu` always is)";
-        let got = |error| format!("`{}`, which cannot be used: {error}", self.settings.device);
-        device.map_err(|error| Error::Setting { key: "two_tower.device", expected, got: got(error) })
+        device.map_err(|error| {
+            let why = match error {
+                candle_core::Error::WithBacktrace { inner, .. } => inner.to_string(),
+                error => error.to_string(),
+            };
+            let got = format!("{}, which cannot be used: {why}", self.settings.device);
+            Error::Setting { key: "two_tower.device", expected, got }
+        })
     }
 
     /// The dense parameters that a model begins with: weights even in +-sqrt(6 / inputs) (+-sqrt(3 / inputs) in the last
