@@ -104,7 +104,7 @@ fn deltas_of_what_was_touched_end_in_the_full_that_a_job_without_deltas_publishe
         let (full, none) = last(&["--set", precision, "--set", "snapshots.deltas=0"]);
         let (delta, touched) = last(&["--set", precision, "--set", "snapshots.deltas=1000"]);
         assert_eq!((none, full.manifest.facts.model_digest.is_some()), (0, true));
-        assert!(touched > 1 && delta.manifest.facts.model_digest.is_none(), "{touched} versions of what was touched");
+        assert!(touched > 0 && delta.manifest.facts.model_digest.is_none(), "{touched} versions of what was touched");
         assert_eq!(delta.weights, full.weights, "{precision}");
         assert_eq!(delta.manifest.golden, full.manifest.golden);
         let counts = |snapshot: &Snapshot| snapshot.manifest.facts.counts.clone();
@@ -189,7 +189,10 @@ fn on_a_gpu_a_job_sees_the_same_examples_and_says_nearly_the_same() {
         (job, done, std::fs::read_to_string(predictions).unwrap())
     };
     let ((cpu, there, expected), (_, done, said)) = (run("cpu"), run("cuda:0"));
-    assert_eq!((&done["counts"], &done["examples"], &done["rows"]), (&there["counts"], &there["examples"], &there["rows"]));
+    assert_eq!(
+        (&done["counts"], &done["examples"], &done["rows"]),
+        (&there["counts"], &there["examples"], &there["rows"])
+    );
     assert_eq!(said.lines().count(), expected.lines().count());
     for (said, expected) in said.lines().zip(expected.lines()).skip(1) {
         let ((id, p, y), (of, q, label)) = (columns(said), columns(expected));
