@@ -109,7 +109,7 @@ fn deltas_of_what_was_touched_end_in_the_full_that_a_job_without_deltas_publishe
         assert_eq!(delta.manifest.golden, full.manifest.golden);
         let counts = |snapshot: &Snapshot| snapshot.manifest.facts.counts.clone();
         assert_eq!(counts(&delta), counts(&full));
-        assert!(counts(&full)["embedding_evicted"] > 0 && counts(&full)["logistic_expired"] > 0, "{:?}", counts(&full));
+        assert!(counts(&full)["embedding_evicted"] > 0 && counts(&full)["logistic_evicted"] > 0, "{:?}", counts(&full));
     }
 }
 
