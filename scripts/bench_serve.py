@@ -268,7 +268,7 @@ def measure(arguments, binary, generator, config, settings, plain, text, scratch
     store, model = scratch / "store", scratch / "model.vw"
     impressions, clicks = quality.event_files(plain)
     job = {"impressions.source.paths": [str(p) for p in impressions], "clicks.source.paths": [str(p) for p in clicks],
-           "checkpoint.dir": str(scratch / "checkpoints"), "snapshots.store": str(store), "publish.every": f"{max(1, arguments.impressions // 5000)}s", "publish.min_interval": "0s"}
+           "checkpoint.dir": str(scratch / "checkpoints"), "snapshots.store": str(store), "publish.every": f"{max(1, arguments.impressions // 5000)}s", "publish.min_interval": "0s", "snapshots.deltas": 0}
     bench.timed([binary, "train", "-c", config, "--until-end", *(part for k, v in job.items() for part in ("--set", f"{k}={json.dumps(v)}"))])
     crosses = [part for pair in quality.interactions(settings["features"], settings.get("crosses", [])) for part in ("--interactions", pair)]
     bench.timed([sys.executable, "-m", "vowpalwabbit", "-b", str(quality.BITS), "--loss_function", "logistic", "--quiet", *crosses, "-d", text, "-f", model])

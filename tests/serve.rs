@@ -404,7 +404,8 @@ fn through_a_minute_of_load_and_reloads_no_request_fails_and_every_answer_is_of_
         let senders: Vec<_> = (0..CONNECTIONS).map(|_| scope.spawn(|| send(serving.connect()))).collect();
         for second in 1..=RELOADS {
             sleep_until(began + EVERY * second);
-            let version = shop.publish();
+            // Fulls, and deltas between them.
+            let version = if second % 6 == 0 { shop.publish() } else { shop.publish_a_few() };
             serving.serves(version);
             published.insert(version.0);
         }
