@@ -69,6 +69,9 @@ pub struct Settings {
     /// A version that did not come in this time is asked for anew. Default 5m.
     #[serde(with = "humantime_serde")]
     pub load_timeout: Duration,
+    /// Payloads are read at no more than so many bytes a second, so that a fleet that loads at once does not fill the network.
+    /// Default 0: no bound.
+    pub load_bytes_per_second: u64,
     /// Directory for a copy of the version being served, so that a node starts while the store is away. One node at a time
     /// may use it. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -84,6 +87,7 @@ impl Default for Settings {
             poll: Duration::from_secs(1),
             poll_max: Duration::from_secs(15),
             load_timeout: Duration::from_secs(300),
+            load_bytes_per_second: 0,
             cache: None,
             http: http::Settings::default(),
         }

@@ -262,6 +262,8 @@ impl Worker {
         // As long as there is no entry to look for, only opening tells an empty store from one that is away.
         if self.follower.as_ref().is_none_or(|(_, follower)| follower.named().is_none()) {
             let store = Store::open(store).map_err(|error| chain(&error))?;
+            let pace = self.settings.load_bytes_per_second;
+            let store = if pace > 0 { store.paced(pace) } else { store };
             self.follower = Some((store.clone(), Follower::new(store, channel.as_str())));
         }
         let Some((_, follower)) = &mut self.follower else { return Ok(()) };

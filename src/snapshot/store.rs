@@ -40,6 +40,8 @@ pub struct Store {
     /// The directory, for a local store.
     local: Option<PathBuf>,
     limits: Limits,
+    /// Bytes a second at which large objects are read.
+    pace: Option<u64>,
     /// Create-if-absent is not asked of the store: `unsafe_create=single-writer`.
     single_writer: bool,
     counts: Arc<Counts>,
@@ -93,7 +95,7 @@ impl Store {
 
     fn at(url: &str, place: Place) -> Self {
         let Place { inner, local, limits, single_writer } = place;
-        Self { inner, url: url.to_owned(), local, limits, single_writer, counts: Arc::default() }
+        Self { inner, url: url.to_owned(), local, limits, pace: None, single_writer, counts: Arc::default() }
     }
 
     #[cfg(test)]
@@ -106,6 +108,12 @@ impl Store {
     #[cfg(test)]
     pub(super) fn in_parts(self, part: usize) -> Self {
         Self { limits: Limits { part, ..self.limits }, ..self }
+    }
+
+    /// The same store, whose large objects are read at no more than so many bytes a second.
+    #[must_use]
+    pub fn paced(self, bytes_per_second: u64) -> Self {
+        Self { pace: Some(bytes_per_second.max(1)), ..self }
     }
 
     /// Whether this is a directory of this machine.
@@ -318,10 +326,14 @@ impl Store {
     }
 
     /// As [`Store::read`], for an object that should have `length` bytes: a large one comes from a bucket in parts,
-    /// several at a time. One of another length is returned as it is.
+    /// several at a time, or from anywhere one after the other at the pace that is set. One of another length is returned as it is.
     pub(super) async fn read_large(&self, key: &str, length: u64) -> Result<Option<Bytes>> {
-        let part = self.limits.part as u64;
-        if self.local.is_some() || length <= 2 * part {
+        let (part, parallel) = match self.pace {
+            Some(pace) => ((pace / 20).clamp(1 << 14, 1 << 20), 1),
+            None => (self.limits.part as u64, self.limits.parallel),
+        };
+        let large = if self.pace.is_some() { length > part } else { self.local.is_none() && length > 2 * part };
+        if !large {
             return self.read(key).await;
         }
         match self.size(key).await? {
@@ -330,18 +342,22 @@ impl Store {
             None => return Ok(None),
         }
         let path = Path::from(key);
-        let starts = (0..length).step_by(self.limits.part);
+        let starts = (0..length).step_by(part as usize);
+        let began = tokio::time::Instant::now();
         let mut parts = stream::iter(starts)
             .map(|start| {
                 let (range, path) = (start..(start + part).min(length), &path);
                 self.attempt(move || self.inner.get_range(path, range.clone()))
             })
-            .buffered(self.limits.parallel);
+            .buffered(parallel);
         let mut whole = BytesMut::with_capacity(usize::try_from(length).expect("checked against the store"));
         while let Some(bytes) = parts.next().await {
             let Some(bytes) = self.found(key, bytes)? else { return Ok(None) };
             self.counts.read.fetch_add(bytes.len() as u64, Ordering::Relaxed);
             whole.extend_from_slice(&bytes);
+            if let Some(pace) = self.pace {
+                tokio::time::sleep_until(began + Duration::from_secs_f64(whole.len() as f64 / pace as f64)).await;
+            }
         }
         Ok(Some(whole.freeze()))
     }

@@ -841,3 +841,14 @@ async fn a_trainer_that_starts_compares_with_what_serves_if_that_encodes_alike()
     let mut publisher = Publisher::open(store, &plan(), "main", model).await.unwrap();
     assert!(publisher.before().await.unwrap().is_none());
 }
+
+#[tokio::test]
+async fn a_paced_store_reads_large_objects_no_faster_than_it_may() {
+    let store = Store::over(memory());
+    let mut publisher = open(&store).await;
+    publish_grown(&mut publisher, 1).await.unwrap();
+    let length = manifest(&store, 1).await.objects[0].length;
+    let (paced, began) = (store.clone().paced(length * 4), tokio::time::Instant::now());
+    assert_eq!(paced.load(Version(1)).await.unwrap().weights, grown(1));
+    assert!(began.elapsed() >= Duration::from_millis(250), "{length} bytes in {:?}", began.elapsed());
+}
