@@ -89,6 +89,7 @@ def pytorch(data, features, settings, logistic, prior, batch, wide, row_wise):
     """Predictions of one pass."""
     import torch
 
+    torch.set_num_threads(1)  # small operations: more threads wait for each other, and on a busy machine for ever
     torch.sparse.check_sparse_tensor_invariants.disable()
     torch.manual_seed(1)
     dim, layers, vectors, dense = settings["dim"], settings["layers"], settings["embeddings"], settings["dense"]

@@ -459,7 +459,7 @@ impl Pair {
         fit.clear();
         fit.extend(products.iter().zip(inputs).map(|(product, (u, v))| {
             // False for NaN.
-            product.abs() <= LARGEST && u.iter().chain(v).map(|d| d.abs()).sum::<f32>() <= LARGEST
+            product.abs() <= LARGEST && total(u) + total(v) <= LARGEST
         }));
     }
 
@@ -517,6 +517,15 @@ fn inner<T: Real>(a: &[T], b: &[T]) -> T {
     a.iter().zip(b).fold(T::default(), |sum, (&a, &b)| sum + a * b)
 }
 
+/// The sum of sizes, in lanes: a chain of additions would take as long as a layer.
+fn total(values: &[f32]) -> f32 {
+    let mut lanes = [0.0; 16];
+    let chunks = values.chunks_exact(lanes.len());
+    let rest: f32 = chunks.remainder().iter().map(|value| value.abs()).sum();
+    chunks.for_each(|chunk| lanes.iter_mut().zip(chunk).for_each(|(lane, value)| *lane += value.abs()));
+    lanes.iter().sum::<f32>() + rest
+}
+
 fn length<T: Real>(a: &[T]) -> T {
     (inner(a, a) + T::of(LEAST_SQUARE)).root()
 }
@@ -546,10 +555,31 @@ impl Dots {
         into.clear();
         into.extend_from_slice(&self.work().fit);
     }
+
+    /// The backward of the last forward, which was of inputs `x`: without a graph, for this operation is all of it, and
+    /// without copies. `g` are the gradients of the products; what falls to the inputs takes the place of what was in
+    /// `inputs`, what falls to the parameters is added to `params`.
+    pub fn pull(&self, x: [&[f32]; 2], g: &[f32], inputs: &mut [Vec<f32>; 2], params: &mut [f32]) {
+        let mut work = self.work();
+        self.pair.gradient(x, g, &mut work, params);
+        let PairWork { user, item, .. } = &mut *work;
+        for ((work, width), into) in
+            [(user, self.pair.user.inputs()), (item, self.pair.item.inputs())].into_iter().zip(inputs)
+        {
+            for (row, &g) in work.input.chunks_exact_mut(width).zip(g) {
+                if g == 0.0 {
+                    row.fill(0.0); // what an example without a gradient left may be no number
+                } else {
+                    row.iter_mut().for_each(|d| *d *= g);
+                }
+            }
+            std::mem::swap(&mut work.input, into);
+        }
+    }
 }
 
 /// The elements of a contiguous f32 tensor on the CPU.
-pub(super) fn elements<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
+fn elements<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
     match (storage, layout.contiguous_offsets()) {
         (CpuStorage::F32(all), Some((start, end))) => Ok(&all[start..end]),
         _ => candle_core::bail!("the towers take contiguous f32 tensors"),
@@ -597,25 +627,11 @@ impl CustomOp3 for Dots {
         _: &Tensor,
         g: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let mut work = self.work();
-        let mut gradient = vec![0.0; self.pair.len];
-        let inputs = with_elements(g, |g| {
-            with_elements(user, |u| with_elements(item, |v| self.pair.gradient([u, v], g, &mut work, &mut gradient)))??;
-            let scaled = |unit: &[f32], width: usize| {
-                let mut out = Vec::with_capacity(unit.len());
-                for (row, &g) in unit.chunks_exact(width).zip(g) {
-                    if g == 0.0 {
-                        out.resize(out.len() + width, 0.0);
-                    } else {
-                        out.extend(row.iter().map(|&d| g * d));
-                    }
-                }
-                out
-            };
-            let u = scaled(&work.user.input, self.pair.user.inputs());
-            let v = scaled(&work.item.input, self.pair.item.inputs());
-            Ok::<_, candle_core::Error>([u, v])
-        })??;
+        let (mut inputs, mut gradient) = ([Vec::new(), Vec::new()], vec![0.0; self.pair.len]);
+        let pull = |g: &[f32]| {
+            with_elements(user, |u| with_elements(item, |v| self.pull([u, v], g, &mut inputs, &mut gradient)))
+        };
+        with_elements(g, pull)???;
         let [u, v] = inputs;
         let u = Tensor::from_vec(u, user.shape(), user.device())?;
         let v = Tensor::from_vec(v, item.shape(), item.device())?;

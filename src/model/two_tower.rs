@@ -443,8 +443,9 @@ struct Shard {
     products: Vec<f32>,
     graph: Option<Tensor>,
     g: Vec<f32>,
-    /// Gradients of inputs and parameters, on the CPU.
-    gradients: Option<[Tensor; 3]>,
+    /// Gradients of the inputs, and of the parameters.
+    pulled: [Vec<f32>; 2],
+    gradient: Vec<f32>,
 }
 
 impl Shard {
@@ -461,7 +462,8 @@ impl Shard {
             products: Vec::new(),
             graph: None,
             g: Vec::new(),
-            gradients: None,
+            pulled: [Vec::new(), Vec::new()],
+            gradient: Vec::new(),
         }
     }
 
@@ -508,7 +510,8 @@ impl Shard {
                 to.iter_mut().zip(from).for_each(|(sum, &w)| *sum += slot.value * w);
             }
             let width = |tower: usize| plan.widths[tower];
-            let bounded = |x: &[f32]| x.iter().all(|x| x.abs() <= LARGEST);
+            // Without a way out, so that it takes many at once; false for NaN.
+            let bounded = |x: &[f32]| x.iter().fold(true, |fit, x| fit & (x.abs() <= LARGEST));
             fit = fit && (0..2).all(|tower| bounded(&self.inputs[tower][i * width(tower)..][..width(tower)]));
             if !fit {
                 for tower in 0..2 {
@@ -605,13 +608,20 @@ impl Shard {
         self.g.clear();
         self.g.extend(outcomes.iter().map(|outcome| outcome.gradient));
         let (Some(products), Some([user, item])) = (self.graph.take(), &self.leaves) else { return Ok(()) };
+        if on.fused {
+            self.gradient.clear();
+            self.gradient.resize(params.elem_count(), 0.0);
+            self.op.pull(self.inputs.each_ref().map(Vec::as_slice), &self.g, &mut self.pulled, &mut self.gradient);
+            return Ok(());
+        }
         let g = Tensor::from_slice(&self.g, self.g.len(), &on.device)?;
         let grads = (products * g)?.sum_all()?.backward()?;
         let of = |var: &Var| match grads.get(var) {
-            Some(gradient) => gradient.to_device(&Device::Cpu),
+            Some(gradient) => flat(gradient),
             None => candle_core::bail!("the graph reaches every leaf"),
         };
-        self.gradients = Some([of(user)?, of(item)?, of(params)?]);
+        self.pulled = [of(user)?, of(item)?];
+        self.gradient = of(params)?;
         Ok(())
     }
 }
@@ -820,10 +830,8 @@ impl TwoTower {
         // In the order of the shards.
         self.gradient.clear();
         self.gradient.resize(pair.len, 0.0);
-        for [_, _, gradient] in shards.iter().filter_map(|shard| shard.gradients.as_ref()) {
-            let sum = &mut self.gradient;
-            let add = |part: &[f32]| sum.iter_mut().zip(part).for_each(|(sum, &d)| *sum += d);
-            tower::with_elements(gradient, add).expect(FAILS);
+        for shard in &*shards {
+            self.gradient.iter_mut().zip(&shard.gradient).for_each(|(sum, &d)| *sum += d);
         }
         let learned = said.iter().filter(|outcome| !outcome.quarantined).count();
         if optim::step(&self.checked.settings.dense, &mut self.dense, &mut self.params, &self.gradient, learned) {
@@ -832,20 +840,7 @@ impl TwoTower {
             self.skipped += 1;
         }
 
-        let held: Vec<_> = shards
-            .iter()
-            .filter_map(|shard| shard.gradients.as_ref())
-            .map(|[u, v, _]| [u, v].map(|t| t.storage_and_layout()))
-            .collect();
-        let inputs: Vec<[&[f32]; 2]> = held
-            .iter()
-            .map(|held| {
-                held.each_ref().map(|(storage, layout)| match &**storage {
-                    candle_core::Storage::Cpu(cpu) => tower::elements(cpu, layout).expect(FAILS),
-                    _ => unreachable!("gradients were brought to the CPU"),
-                })
-            })
-            .collect();
+        let inputs: Vec<[&[f32]; 2]> = shards.iter().map(|shard| shard.pulled.each_ref().map(Vec::as_slice)).collect();
         let (periods, decay, widths) = (&self.periods, self.checked.decay, plan.widths);
         let rested = |n: f64, touched: u32| match decay {
             Some(decay) if touched < since => decay.rested(periods, batch, touched, n),
@@ -860,7 +855,7 @@ impl TwoTower {
             let of = occurrences.iter().zip(&inputs).map(|(all, inputs)| (all[number].as_slice(), *inputs, widths));
             stripe.run(batch, of, &rested);
         });
-        drop((stripes, held));
+        drop(stripes);
         self.gate.state.counts.admitted += (self.table.len() - before) as u64;
         if self.gate.tidy(&mut self.table, &self.always, batch, time) {
             for (row, at) in self.default_rows.iter().zip(&mut self.defaults).filter(|(_, at)| **at != Place::NONE) {
