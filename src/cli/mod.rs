@@ -3,6 +3,7 @@
 pub mod check;
 pub mod demo;
 pub mod generate;
+pub mod operate;
 pub mod replay;
 pub mod score;
 pub mod serve;

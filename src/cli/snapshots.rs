@@ -1,4 +1,4 @@
-//! `tidemill snapshots`: what is in a store, and whether all of it can be served.
+//! `tidemill snapshots`: what is in a store, and whether all of it can be served. What changes a store is in [`super::operate`].
 
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -6,11 +6,12 @@ use std::io::Write as _;
 use anyhow::{Context, bail};
 use serde_json::json;
 
+use super::operate::Operation;
 use crate::snapshot::manifest::Manifest;
 use crate::snapshot::publish::check_channel;
-use crate::snapshot::{Store, Version};
+use crate::snapshot::{Delta, Store, Version, Weights};
 
-/// Look into a snapshot store.
+/// Look into a snapshot store, move its channels, clean it up.
 #[derive(Debug, clap::Args)]
 pub struct Snapshots {
     #[command(subcommand)]
@@ -35,11 +36,21 @@ enum Command {
         #[command(flatten)]
         place: Where,
     },
+    /// Show what differs between two versions: rows, weights, sizes, schema, counts, metrics.
+    Diff {
+        /// The earlier one, by custom.
+        from: u64,
+        to: u64,
+        #[command(flatten)]
+        place: Where,
+    },
+    #[command(flatten)]
+    Operation(Operation),
 }
 
 #[derive(Debug, clap::Args)]
 struct Where {
-    /// Directory of the snapshots, or `file://` and an absolute path (`snapshots.store` in the training config).
+    /// Directory of the snapshots, or an address such as `s3://bucket/prefix` (`snapshots.store` in the training config).
     #[arg(long, value_name = "URL")]
     store: String,
     /// Only this channel. For `show` the default is `live`, otherwise all.
@@ -61,7 +72,13 @@ impl Snapshots {
     }
 
     async fn write(self, out: &mut String) -> anyhow::Result<()> {
-        let (Command::List(place) | Command::Show { place, .. } | Command::Verify { place, .. }) = &self.command;
+        let place = match &self.command {
+            Command::Operation(operation) => return operation.run(out).await,
+            Command::List(place)
+            | Command::Show { place, .. }
+            | Command::Verify { place, .. }
+            | Command::Diff { place, .. } => place,
+        };
         if let Some(channel) = &place.channel {
             check_channel(channel)?;
         }
@@ -70,6 +87,8 @@ impl Snapshots {
             Command::List(place) => list(&store, place, out).await,
             Command::Show { version, place } => show(&store, version.map(Version), place, out).await,
             Command::Verify { version, place } => verify(&store, version.map(Version), place, out).await,
+            Command::Diff { from, to, place } => diff(&store, [Version(*from), Version(*to)], place, out).await,
+            Command::Operation(_) => unreachable!("ran above"),
         }
     }
 }
@@ -90,23 +109,29 @@ impl Where {
 async fn list(store: &Store, place: &Where, out: &mut String) -> anyhow::Result<()> {
     let mut marks = Vec::new();
     for channel in place.channels(store).await? {
-        marks.push((store.latest(&channel).await?.and_then(|entry| entry.version), channel));
+        let entry = store.latest(&channel).await?;
+        let pinned = entry.as_ref().is_some_and(|entry| entry.pinned);
+        marks.push((entry.and_then(|entry| entry.version), pinned, channel));
     }
     let mut rows = Vec::new();
     for version in store.versions().await?.into_keys() {
-        let named: Vec<_> = marks.iter().filter(|(v, _)| *v == Some(version)).map(|(_, c)| c.as_str()).collect();
+        let here = marks.iter().filter(|(v, ..)| *v == Some(version));
+        let named: Vec<_> = here.clone().map(|(.., channel)| channel.as_str()).collect();
+        let pinned: Vec<_> = here.filter(|(_, pinned, _)| *pinned).map(|(.., channel)| channel.as_str()).collect();
         if place.channel.is_some() && named.is_empty() {
             continue;
         }
         rows.push(match store.manifest(version, "the list").await {
             Ok(manifest) => json!({
-                "version": version, "channels": named, "lineage": manifest.lineage, "epoch": manifest.epoch,
+                "version": version, "channels": named, "pinned": pinned,
+                "lineage": manifest.lineage, "epoch": manifest.epoch,
                 "batch": manifest.facts.batch, "frontier": manifest.facts.frontier_time.map(|t| t.to_string()),
                 "kind": manifest.kind, "rows": manifest.rows, "bytes": bytes(&manifest),
                 "logloss": metric(&manifest, "logloss"), "auc": metric(&manifest, "auc"),
             }),
             Err(e) => {
-                json!({ "version": version, "channels": named, "error": format!("{:#}", anyhow::Error::from(e)) })
+                let error = format!("{:#}", anyhow::Error::from(e));
+                json!({ "version": version, "channels": named, "pinned": pinned, "error": error })
             }
         });
     }
@@ -125,7 +150,9 @@ async fn list(store: &Store, place: &Where, out: &mut String) -> anyhow::Result<
             writeln!(out, "{:>8} {error}", number("version"))?;
             continue;
         }
-        let named: Vec<_> = row["channels"].as_array().into_iter().flatten().filter_map(|c| c.as_str()).collect();
+        let list = |key: &str| row[key].as_array().into_iter().flatten().filter_map(|c| c.as_str());
+        let mark = |channel| if list("pinned").any(|c| c == channel) { " (pinned)" } else { "" };
+        let named: Vec<_> = list("channels").map(|channel| format!("{channel}{}", mark(channel))).collect();
         writeln!(
             out,
             "{:>8} {:>10} {:<24} {:>10} {:<5} {:>12} {:>9} {:>7}  {}",
@@ -237,6 +264,90 @@ async fn show(store: &Store, version: Option<Version>, place: &Where, out: &mut 
     line("model digest", &or_none(facts.model_digest.clone()))?;
     line("order digest", &or_none(facts.order_digest.clone()))?;
     Ok(())
+}
+
+// ------------------------------------------------------------------------------------------------------------- diff
+
+async fn diff(store: &Store, versions: [Version; 2], place: &Where, out: &mut String) -> anyhow::Result<()> {
+    let (from, to) = (store.load(versions[0]).await?, store.load(versions[1]).await?);
+    let (a, b) = (&from.manifest, &to.manifest);
+    let mut lines: Vec<(String, serde_json::Value, serde_json::Value)> = Vec::new();
+    let mut line = |name: &str, a: serde_json::Value, b: serde_json::Value| lines.push((name.to_owned(), a, b));
+    line("lineage", json!(a.lineage), json!(b.lineage));
+    line("epoch", json!(a.epoch), json!(b.epoch));
+    line("created", json!(a.created.to_string()), json!(b.created.to_string()));
+    line("kind", json!(a.kind), json!(b.kind));
+    line("precision", json!(a.precision), json!(b.precision));
+    line("bytes", json!(bytes(a)), json!(bytes(b)));
+    line("schema hash", json!(a.model.schema_hash), json!(b.model.schema_hash));
+    line("model", json!(a.model.kind), json!(b.model.kind));
+    line("model config", json!(a.model.config.to_string()), json!(b.model.config.to_string()));
+    line("build", json!(a.build.crate_version), json!(b.build.crate_version));
+    line("batch", json!(a.facts.batch), json!(b.facts.batch));
+    let frontier = |m: &Manifest| json!(m.facts.frontier_time.map(|time| time.to_string()));
+    line("frontier", frontier(a), frontier(b));
+    let rows = |w: &Weights| (w.ids().len(), w.towers().map_or(0, |towers| towers.ids().len()));
+    line("logistic rows", json!(rows(&from.weights).0), json!(rows(&to.weights).0));
+    line("embedding rows", json!(rows(&from.weights).1), json!(rows(&to.weights).1));
+    line("intercept", json!(from.weights.intercept()), json!(to.weights.intercept()));
+    let names: std::collections::BTreeSet<_> = a.facts.counts.keys().chain(b.facts.counts.keys()).collect();
+    for name in names {
+        line(&format!("count {name}"), json!(a.facts.counts.get(name)), json!(b.facts.counts.get(name)));
+    }
+    let metrics = |m: &Manifest| m.facts.metrics.get("cumulative").and_then(|m| m.as_object()).cloned();
+    let (ours, theirs) = (metrics(a).unwrap_or_default(), metrics(b).unwrap_or_default());
+    let names: std::collections::BTreeSet<_> = ours.keys().chain(theirs.keys()).collect();
+    for name in names {
+        line(&format!("metric {name}"), json!(ours.get(name)), json!(theirs.get(name)));
+    }
+    let rows = moved(&from.weights, &to.weights);
+    if place.json {
+        let fields: serde_json::Map<_, _> =
+            lines.into_iter().map(|(name, a, b)| (name, json!({ "from": a, "to": b }))).collect();
+        return Ok(writeln!(out, "{}", json!({ "from": a.version, "to": b.version, "fields": fields, "rows": rows }))?);
+    }
+    let text = |value: &serde_json::Value| match value {
+        serde_json::Value::Null => "-".to_owned(),
+        serde_json::Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
+    writeln!(out, "{:<28} {:>26} {:>26}", "", format!("version {}", a.version), format!("version {}", b.version))?;
+    for (name, a, b) in lines {
+        let mark = if a == b { "" } else { "  *" };
+        let (a, b) = (text(&a), text(&b));
+        if a.len() > 60 && a == b {
+            writeln!(out, "{name:<28} {:>26}", "the same")?;
+        } else {
+            writeln!(out, "{name:<28} {a:>26} {b:>26}{mark}")?;
+        }
+    }
+    for (name, value) in rows.as_object().into_iter().flatten() {
+        writeln!(out, "{name:<28} {}", text(value))?;
+    }
+    Ok(())
+}
+
+/// What became of the rows, from one version to another.
+fn moved(from: &Weights, to: &Weights) -> serde_json::Value {
+    let Some(delta) = Delta::between(from, to) else {
+        return json!({ "rows": "cannot be compared: the two have other features, towers or precision" });
+    };
+    let new = delta.ids().iter().filter(|row| !from.knows(**row)).count();
+    let moves = delta.ids().iter().zip(delta.weights()).filter(|(row, _)| from.knows(**row));
+    let largest = moves.map(|(row, weight)| (weight - from.weight(*row, u16::MAX)).abs()).fold(0.0_f32, f32::max);
+    let mut rows = json!({
+        "logistic rows new": new,
+        "logistic rows gone": delta.removed().len(),
+        "logistic rows changed": delta.ids().len() - new,
+        "largest change of a weight": largest,
+    });
+    if let (Some(before), Some(towers)) = (from.towers(), delta.towers()) {
+        let new = towers.ids().iter().filter(|row| before.ids().binary_search(row).is_err()).count();
+        rows["embedding rows new"] = json!(new);
+        rows["embedding rows gone"] = json!(towers.removed().len());
+        rows["embedding rows changed"] = json!(towers.ids().len() - new);
+    }
+    rows
 }
 
 // ----------------------------------------------------------------------------------------------------------- verify

@@ -1,8 +1,9 @@
-//! What a person does to a channel: pin, unpin, rollback, promote. The rules are in [`decide`].
+//! What a person does to a channel: pin, unpin, rollback, promote, and clean-ups. The rules are in [`decide`].
 
 use super::decide::{self, Objection, Wish};
 use super::manifest::Entry;
-use super::publish::sealed;
+use super::publish::{Plan, sealed};
+use super::retain::{Removed, outdated, retain};
 use super::store::{Created, Store, entry_key, random};
 use super::{Error, Result, Version};
 use crate::clock;
@@ -55,6 +56,12 @@ pub async fn operate(store: &Store, channel: &str, wish: Wish) -> Result<Done> {
         }
         return Ok(Done::Written { entry, before });
     }
+}
+
+/// Retention by hand; `dry_run` deletes nothing and says what would go.
+pub async fn collect(store: &Store, plan: &Plan, dry_run: bool) -> Result<Removed> {
+    let now = clock::now();
+    if dry_run { outdated(store, plan, now).await } else { retain(store, plan, now).await }
 }
 
 /// The version that a channel named before the one that it names now, the latest that is earlier and still there.

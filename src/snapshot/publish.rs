@@ -92,10 +92,8 @@ impl Plan {
     }
 
     /// A plan for retention alone, by hand.
-    #[must_use]
-    pub fn of_retention(keep: usize, grace: Duration) -> Option<Self> {
-        let settings = Settings { keep, grace, ..Settings::default() };
-        settings.check().ok()
+    pub fn of_retention(keep: usize, grace: Duration) -> Result<Self> {
+        Settings { keep, grace, ..Settings::default() }.check()
     }
 }
 

@@ -852,3 +852,14 @@ async fn a_paced_store_reads_large_objects_no_faster_than_it_may() {
     assert_eq!(paced.load(Version(1)).await.unwrap().weights, grown(1));
     assert!(began.elapsed() >= Duration::from_millis(250), "{length} bytes in {:?}", began.elapsed());
 }
+
+#[tokio::test]
+async fn a_payload_that_travels_in_parts_is_the_one_that_was_published() {
+    let store = Store::over(memory()).in_parts(10_000);
+    let mut publisher = open(&store).await;
+    for batch in 1..=2 {
+        publish_grown(&mut publisher, batch).await.unwrap();
+        assert_eq!(live(&store).await.unwrap().weights, grown(batch));
+    }
+    assert!(manifest(&store, 1).await.objects[0].length > 50_000);
+}
