@@ -27,10 +27,10 @@ fn variable(name: &str) -> String {
 /// A prefix of its own in the bucket, with more options.
 fn address(what: &str, options: &str) -> String {
     static NUMBER: AtomicU64 = AtomicU64::new(0);
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos();
+    let now = tidemill::clock::now().0;
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);
     let (bucket, endpoint) = (variable("TIDEMILL_TEST_S3_BUCKET"), variable("TIDEMILL_TEST_S3"));
-    format!("s3://{bucket}/{what}-{now}-{number}?endpoint={endpoint}&allow_http=true{options}")
+    format!("s3://{bucket}/{what}-{now}-{}-{number}?endpoint={endpoint}&allow_http=true{options}", std::process::id())
 }
 
 fn block_on<T>(future: impl Future<Output = T>) -> T {

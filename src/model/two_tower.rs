@@ -1572,7 +1572,7 @@ mod tests {
         let g: Vec<f32> = slope.iter().map(|s| s * outcome.gradient).collect();
         let square = g.iter().map(|g| g * g).sum::<f32>() / 4.0;
         let rested = 0.5f32.powi((7 * 3 / 10) - (before.rows.touched[at] as i32 * 3 / 10)) * n;
-        let step = 0.05 / (0.01 + rested + square).sqrt();
+        let step = settings.embeddings.rate / (0.01 + rested + square).sqrt();
         let after = model.towers.table.row(model.towers.table.find(id));
         for i in 0..4 {
             let (expected, found) = (-step * g[i], after[i] - row[i]);
