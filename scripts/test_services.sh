@@ -73,9 +73,9 @@ both() {
 }
 check "two that come up at once make one broker" says "is up already" both
 check "... and only one" is "$(brokers)" 1
-check "status of a broker is 0 and says where" says "$home/env" "$services" status
+check "status of a broker is 0 and says where" says "$home/env" "$services" status kafka
 before=$(pid)
-check "up again changes nothing" says "is up already" "$services" up
+check "up again changes nothing" says "is up already" "$services" up kafka
 check "... and keeps the process" is "$(pid)" "$before"
 
 set -a
@@ -129,14 +129,14 @@ check "... until an access rule" kafka acls --add --topic ways --operation Read 
 check "... keeps it out" says "Not authorized to access topics: [ways]" read_as "$TIDEMILL_TEST_KAFKA_SASL_PLAINTEXT" sasl_plaintext-plain
 
 check "a restart is a kill and a start" says "is up again" "$services" restart kafka
-check "... on the same ports" says "$TIDEMILL_TEST_KAFKA" "$services" status
+check "... on the same ports" says "$TIDEMILL_TEST_KAFKA" "$services" status kafka
 [ "$(pid)" != "$before" ] || { echo "FAILED: restart kept the process" >&2 && exit 1; }
 check "... with the same data" is "$(consume ways 8 | wc -l)" 8
 
-check "stop ends it in good order" says "is stopped" "$services" stop
+check "stop ends it in good order" says "is stopped" "$services" stop kafka
 check "... so that it says so in its log" grep -q "shut down completed" "$home/log"
-check "status tells stopped from gone" fails "stopped, its data kept" "$services" status
-check "start brings it back" says "is up again" "$services" start
+check "status tells stopped from gone" fails "stopped, its data kept" "$services" status kafka
+check "start brings it back" says "is up again" "$services" start kafka
 check "... with its SCRAM users" list_as "$TIDEMILL_TEST_KAFKA_SASL_SSL" "$clients/sasl_ssl-scram-sha-512.properties"
 
 check "a topic of five records" kafka topics --create --topic dropped --partitions 1
@@ -152,23 +152,47 @@ beside() { # command...
   TIDEMILL_SERVICES=$scratch/second "$@"
 }
 check "a fixed port that is taken is refused, by name" fails "port $first_port is taken" \
-  env TIDEMILL_KAFKA_PORT="$first_port" TIDEMILL_SERVICES="$scratch/second" "$services" up
-check "a second set of services comes up beside the first" says "is up:" beside "$services" up
+  env TIDEMILL_KAFKA_PORT="$first_port" TIDEMILL_SERVICES="$scratch/second" "$services" up kafka
+check "a second set of services comes up beside the first" says "is up:" beside "$services" up kafka
 check "... and knows nothing of its topics" is "$(beside "$services" kafka topics --list)" ""
 check "... and goes without it" says "its data wiped" beside "$services" down
-check "the first is still there" says "$TIDEMILL_TEST_KAFKA" "$services" status
+check "the first is still there" says "$TIDEMILL_TEST_KAFKA" "$services" status kafka
 
 kill -9 "$(pid)"
 sleep 300 &
 stranger=$!
 echo "$stranger $(cut -d ' ' -f 2 "$home/pid")" >"$home/pid"
-check "a pid that now belongs to another process is not taken for the broker's" fails "stopped, its data kept" "$services" status
-check "... and up brings the broker back" says "is up again on its kept data" "$services" up
+check "a pid that now belongs to another process is not taken for the broker's" fails "stopped, its data kept" "$services" status kafka
+check "... and up brings the broker back" says "is up again on its kept data" "$services" up kafka
 check "down" says "its data wiped" "$services" down
 check "... leaves the stranger alone" kill -0 "$stranger"
 kill "$stranger"
 check "... leaves no process" is "$(brokers)" 0
 check "... and no data, env or pid file" is "$(cd "$home" && echo ./*)" "./log ./log.before"
 check "down of nothing is no error" says "was not up" "$services" down
+
+# S3.
+answers() { # scheme's variable, certificate's verification off: what an unsigned request for the bucket is told
+  python3 - "$1/$TIDEMILL_TEST_S3_BUCKET" <<'END'
+import ssl, sys, urllib.error, urllib.request
+try:
+    print(urllib.request.urlopen(sys.argv[1], timeout=5, context=ssl._create_unverified_context() if "https" in sys.argv[1] else None).status)
+except urllib.error.HTTPError as e:
+    print(e.code)
+END
+}
+check "an S3 server comes up" says "is up" "$services" up s3
+set -a
+# shellcheck source=/dev/null
+. "$TIDEMILL_SERVICES/s3/env"
+set +a
+check "... and up again changes nothing" says "is up already" "$services" up s3
+check "... status says where" says "$TIDEMILL_SERVICES/s3/env" "$services" status s3
+check "... which wants a signature" is "$(answers "$TIDEMILL_TEST_S3")" 403
+check "... by TLS too" is "$(answers "$TIDEMILL_TEST_S3_TLS")" 403
+check "... a restart keeps the address" says "is up again" "$services" restart s3
+check "... and answers there" is "$(answers "$TIDEMILL_TEST_S3")" 403
+check "... and down wipes it" says "its data wiped" "$services" down s3
+check "... so that it is gone" fails "not up" "$services" status s3
 
 echo "$checks checks passed"
