@@ -232,3 +232,19 @@ fn a_job_publishes_to_a_bucket_a_node_follows_and_a_person_takes_it_back() {
     assert_eq!(gone["dry_run"], json!(false));
     said(&["verify"]);
 }
+
+#[test]
+fn the_demo_over_a_bucket_keeps_its_promises() {
+    let url = address("demo", "");
+    let demo = |seconds: &str| {
+        Command::new(TIDEMILL).args(["demo", "--json", "--seconds", seconds, "--rate", "500", "--store", &url]).output()
+    };
+    let output = demo("12").unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("no JSON; stderr: {said}"));
+    assert!(output.status.success(), "{report:#}");
+    assert!(report["promises"].as_array().unwrap().iter().all(|promise| promise["kept"] == true), "{report:#}");
+    let output = demo("5").unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("already; give a prefix"), "{said}");
+}

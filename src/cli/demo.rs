@@ -53,6 +53,10 @@ pub struct Demo {
     /// it makes and deletes. With --config, `kafka.properties` of the file say how they are reached.
     #[arg(long, value_name = "HOST:PORT")]
     pub kafka: Option<String>,
+    /// Publish to this store, a directory or an address such as `s3://bucket/prefix`, which must hold no versions yet; they
+    /// stay there. Default: a directory of the demo's.
+    #[arg(long, value_name = "URL")]
+    pub store: Option<String>,
     /// Requests a second.
     #[arg(long, default_value_t = 100.0, value_parser = positive)]
     pub requests: f64,
@@ -135,8 +139,9 @@ impl Demo {
             }
         };
         let length = Duration::from_secs(self.seconds);
-        let (kafka, requests, candidates) = (self.kafka.clone(), self.requests, self.candidates as usize);
-        Ok(Options { length, dir, input, kafka, requests, candidates })
+        let (kafka, store) = (self.kafka.clone(), self.store.clone());
+        let (requests, candidates) = (self.requests, self.candidates as usize);
+        Ok(Options { length, dir, input, kafka, store, requests, candidates })
     }
 
     /// An empty directory, and its guard if it is to be removed.

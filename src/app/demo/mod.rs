@@ -44,6 +44,8 @@ pub struct Options {
     pub input: Input,
     /// The log is in Kafka, at these brokers (`host:port`, several separated by commas), rather than in files.
     pub kafka: Option<String>,
+    /// Where snapshots go, a prefix without versions; none: a directory of `dir`.
+    pub store: Option<String>,
     /// Requests a second, and candidates in each.
     pub requests: f64,
     pub candidates: usize,
@@ -88,6 +90,8 @@ pub enum Error {
     Prediction { path: PathBuf, line: String },
     #[error("`impressions.record.explode` is set; the demo replays logs of one impression a line")]
     Slates,
+    #[error("`--store {url}` holds {count} version(s) already; give a prefix of the demo's own")]
+    StoreTaken { url: String, count: usize },
     #[error("cannot start a thread: {0}")]
     Thread(#[source] std::io::Error),
     #[error("the thread `{0}` panicked; this is a bug of tidemill")]
@@ -237,11 +241,12 @@ pub fn run(
     let began = clock::now();
     let ledger = Arc::new(Ledger::default());
     // What follows is dropped, and so stopped, in the opposite order.
+    options.check_store()?;
     let topics = own_topics(options, began)?;
     let Parts { checked, source, log, sample, speed } = prepare(options, topics.as_ref(), began)?;
     let generated = matches!(source, Source::Live(_));
     let settings = serve::Settings {
-        store: text(&dir.join("snapshots")),
+        store: options.snapshots(),
         poll: Duration::from_millis(200),
         http: http::Settings { listen: "127.0.0.1:0".into(), grace: Duration::from_secs(5), ..Default::default() },
         ..Default::default()
@@ -336,7 +341,7 @@ pub fn run(
     let view = demo.view(Phase::Verifying)?;
     show(&view);
     let cut = server.drain();
-    let verified = verify(dir, &demo.sender)?;
+    let verified = verify(&Store::open(&options.snapshots())?, &demo.sender)?;
     let topics_left = topics.and_then(|topics| topics.delete().err()).map(|error| chain(&error));
     let view = View { phase: Phase::Done, ..view };
     show(&view);
@@ -368,6 +373,22 @@ impl Options {
         match &self.input {
             Input::Files { config, .. } if config.clicks.is_none() => &[Stream::Impressions],
             _ => &[Stream::Impressions, Stream::Clicks],
+        }
+    }
+
+    /// Address of the store of snapshots.
+    fn snapshots(&self) -> String {
+        self.store.clone().unwrap_or_else(|| text(&self.dir.join("snapshots")))
+    }
+
+    /// Refuses a store with versions: they would be served before the demo's own, and take part in its promises.
+    fn check_store(&self) -> Result<(), Error> {
+        let Some(url) = &self.store else { return Ok(()) };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::Thread)?;
+        let store = Store::create(url)?;
+        match runtime.block_on(store.versions())?.len() {
+            0 => Ok(()),
+            count => Err(Error::StoreTaken { url: url.clone(), count }),
         }
     }
 
@@ -418,7 +439,14 @@ fn prepare(options: &Options, topics: Option<&OwnTopics>, began: Time) -> Result
     let (config, source, sample, speed) = match &options.input {
         Input::Generated { rate, history, seed, model } => {
             let path = dir.join("demo.toml");
-            write(&path, own_config(dir, *model, cluster.as_ref().zip(topics)).as_bytes())?;
+            let mut config = own_config(dir, *model, cluster.as_ref().zip(topics));
+            if let Some(store) = &options.store {
+                let quoted = |text: &str| serde_json::to_string(text).expect("a string");
+                let ours = quoted(&text(&dir.join("snapshots")));
+                debug_assert!(config.contains(&ours), "configs/demo.toml has another store");
+                config = config.replace(&ours, &quoted(store));
+            }
+            write(&path, config.as_bytes())?;
             let settings = feed::settings(*seed, began, *rate, *history, options.length);
             let impressions = crate::generate::Generator::new(settings.clone())?
                 .filter(|event| matches!(event.what, crate::generate::What::Impression { .. }));
@@ -462,7 +490,7 @@ fn prepare(options: &Options, topics: Option<&OwnTopics>, began: Time) -> Result
                 every: Duration::from_secs(10),
                 every_batches: 0,
             });
-            config.snapshots = Some(snapshot::Settings { store: text(&dir.join("snapshots")), ..Default::default() });
+            config.snapshots = Some(snapshot::Settings { store: options.snapshots(), ..Default::default() });
             config.dead_letters =
                 Some(config::DeadLetterSettings { path: Some(dir.join("dead-letters.jsonl")), topic: None });
             // As often by the clock as on the generated stream.
@@ -666,10 +694,9 @@ struct Verified {
 }
 
 /// Loads every version that answered, which checks digests, form and golden vectors, and scores the kept requests again.
-fn verify(dir: &Path, sender: &Sender) -> Result<Verified, Error> {
+fn verify(store: &Store, sender: &Sender) -> Result<Verified, Error> {
     let start = |source| Error::Thread(source);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(start)?;
-    let store = Store::open(&text(&dir.join("snapshots")))?;
     let present = runtime.block_on(store.versions())?;
     let kept = sender.take_kept();
     let mut found = Verified::default();
