@@ -99,7 +99,10 @@ impl Log {
         for (segment, _) in self.segments.iter().zip(ends).filter(|(_, end)| *end > batch) {
             let first = ids.len();
             ids.extend(segment.ids.iter().map(|&id| (id, false)));
-            segment.born.iter().for_each(|&at| ids[first + at as usize].1 = true);
+            // In a segment that began before `batch`, a row may have come before it as well as behind it.
+            if segment.after >= batch {
+                segment.born.iter().for_each(|&at| ids[first + at as usize].1 = true);
+            }
         }
         self.segments.front().is_some_and(|first| first.after <= batch)
     }
@@ -116,4 +119,24 @@ pub(super) fn firsts(mut ids: Vec<(u64, bool)>) -> impl Iterator<Item = (u64, bo
     ids.sort_by_key(|&(id, _)| id);
     ids.dedup_by_key(|&mut (id, _)| id);
     ids.into_iter()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_that_came_before_an_unmarked_batch_and_went_behind_it_is_not_taken_for_one_that_never_was() {
+        let mut log = Log::default();
+        log.mark(1);
+        log.birth(7); // in batch 2
+        log.remove(7); // in batch 4
+        let since = |batch| {
+            let mut ids = Vec::new();
+            assert!(log.since(batch, &mut ids));
+            firsts(ids).collect::<Vec<_>>()
+        };
+        assert_eq!(since(1), [(7, true)], "it came and went: no one has heard of it");
+        assert_eq!(since(3), [(7, false)], "who knows batch 3 holds it");
+    }
 }
