@@ -414,7 +414,7 @@ mod tests {
 
     use super::*;
     use crate::event::{Slot, Time};
-    use crate::snapshot::{Facts, Golden, ModelInfo, Publisher, Settings, Weights};
+    use crate::snapshot::{Facts, Golden, ModelInfo, Outcome, Publisher, Settings, Weights};
 
     #[derive(Parser)]
     struct Cli {
@@ -489,5 +489,97 @@ mod tests {
         std::fs::remove_file(dir.path().join("channels/live/000000000002.json")).unwrap();
         let (text, _) = call(&["verify"], dir.path());
         assert!(text.contains("channel live: entry 2 is missing"), "{text}");
+    }
+
+    /// A trainer that runs on while a person acts on its channel; of each batch it publishes another model.
+    struct Trainer {
+        runtime: tokio::runtime::Runtime,
+        publisher: Publisher,
+    }
+
+    impl Trainer {
+        fn start(dir: &Path) -> Self {
+            let settings = Settings { store: dir.to_str().unwrap().to_owned(), deltas: 0, ..Settings::default() };
+            let plan = settings.check().unwrap();
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let model = ModelInfo { kind: "logistic".to_owned(), ..ModelInfo::default() };
+            let publisher = runtime.block_on(Publisher::open(plan.open().unwrap(), &plan, "main", model)).unwrap();
+            Self { runtime, publisher }
+        }
+
+        fn publish(&mut self, batch: u64) -> Outcome {
+            let weights = Weights::new(vec![3, 9, 10 + batch], vec![0.5, -0.25, batch as f32], -1.0, vec![3]).unwrap();
+            let golden = [Golden::new(&[Slot { row: 9, value: 1.0, feature: 0, flags: 0 }], -1.25)];
+            let facts = Facts { batch, ..Facts::default() };
+            self.runtime.block_on(self.publisher.publish(&weights.into(), facts, &golden, None)).unwrap()
+        }
+    }
+
+    fn json_of(args: &[&str], dir: &Path) -> serde_json::Value {
+        let (text, done) = call(&[args, &["--json"]].concat(), dir);
+        done.unwrap();
+        serde_json::from_str(&text).unwrap()
+    }
+
+    fn refused(args: &[&str], dir: &Path) -> String {
+        format!("{:#}", call(args, dir).1.unwrap_err())
+    }
+
+    #[test]
+    fn a_channel_that_was_rolled_back_stays_while_the_trainer_goes_on_until_it_is_let_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut trainer = Trainer::start(dir.path());
+        trainer.publish(1);
+        trainer.publish(2);
+        let (text, done) = call(&["rollback"], dir.path());
+        done.unwrap();
+        assert!(text.starts_with("live: from version 2 to version 1, pinned (entry 4, rollback)\n"), "{text}");
+        assert!(text.contains("stays there until `tidemill snapshots unpin`"), "{text}");
+        assert_eq!(trainer.publish(3), Outcome::Pinned { version: Version(3), at: Version(1) });
+        let list = json_of(&["list"], dir.path());
+        assert_eq!((&list[0]["pinned"], &list[2]["channels"]), (&json!(["live"]), &json!([])));
+        assert!(call(&["list"], dir.path()).0.contains("live (pinned)\n"));
+        // A trainer that starts anew takes the pin over.
+        let mut trainer = Trainer::start(dir.path());
+        assert_eq!(trainer.publish(4), Outcome::Pinned { version: Version(4), at: Version(1) });
+        let (text, done) = call(&["unpin"], dir.path());
+        done.unwrap();
+        assert!(text.contains("the trainer's next publication moves it"), "{text}");
+        assert_eq!(trainer.publish(5), Outcome::Published(Version(5)));
+        call(&["verify"], dir.path()).1.unwrap();
+    }
+
+    #[test]
+    fn a_pin_holds_what_is_live_and_only_a_change_is_written() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(refused(&["pin"], dir.path()).contains("channel `live`"));
+        let mut trainer = Trainer::start(dir.path());
+        trainer.publish(1);
+        let pinned = json_of(&["pin"], dir.path());
+        assert_eq!((&pinned["changed"], &pinned["entry"]), (&json!(true), &json!(3)));
+        assert_eq!(pinned["after"], json!({ "version": 1, "pinned": true }));
+        let again = json_of(&["pin"], dir.path());
+        assert_eq!((&again["changed"], &again["entry"]), (&json!(false), &json!(3)));
+        trainer.publish(2);
+        let error = refused(&["promote", "2"], dir.path());
+        assert!(error.contains("it is pinned at version 1: `unpin` it first"), "{error}");
+        assert_eq!(json_of(&["pin", "2"], dir.path())["after"], json!({ "version": 2, "pinned": true }));
+        let error = refused(&["rollback", "2"], dir.path());
+        assert!(error.contains("version 2 is not earlier than version 2"), "{error}");
+        assert!(refused(&["pin", "--channel", "a/b"], dir.path()).contains("letters, digits"));
+    }
+
+    #[test]
+    fn no_channel_is_moved_to_a_version_that_cannot_be_served() {
+        let dir = tempfile::tempdir().unwrap();
+        publish(dir.path());
+        assert!(refused(&["promote", "7"], dir.path()).contains("manifests/000000000007.json"));
+        let object = std::fs::read_dir(dir.path().join("objects")).unwrap().next().unwrap().unwrap();
+        let mut bytes = std::fs::read(object.path()).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        std::fs::write(object.path(), bytes).unwrap();
+        let error = refused(&["rollback"], dir.path());
+        assert!(error.contains(object.file_name().to_str().unwrap()), "{error}");
+        assert_eq!(json_of(&["list"], dir.path())[1]["channels"], json!(["live"]));
     }
 }

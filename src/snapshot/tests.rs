@@ -19,7 +19,7 @@ use super::decide::{Writer, next_entry};
 use super::manifest::Document;
 use super::publish::Plan;
 use super::retain::{Removed, retain};
-use super::store::{entry_key, manifest_key};
+use super::store::{Created, entry_key, manifest_key};
 use super::{Epoch, Error, Facts, Follower, Golden, ModelInfo, Outcome, Publisher, Remedy, Settings, Snapshot, Store};
 use super::{Version, Weights};
 use crate::clock;
@@ -49,11 +49,65 @@ enum Rule {
 struct FaultStore {
     inner: Arc<dyn ObjectStore>,
     state: Mutex<(usize, Rule)>,
+    parts: Arc<Mutex<Parts>>,
+}
+
+/// What became of uploads in parts, and which parts shall fail, counted from 0 over all uploads.
+#[derive(Debug, Default)]
+struct Parts {
+    fail: Range<usize>,
+    sizes: Vec<usize>,
+    under_way: usize,
+    most_under_way: usize,
+    aborted: usize,
+}
+
+#[derive(Debug)]
+struct Upload {
+    inner: Box<dyn MultipartUpload>,
+    parts: Arc<Mutex<Parts>>,
+}
+
+impl MultipartUpload for Upload {
+    fn put_part(&mut self, data: PutPayload) -> UploadPart {
+        let parts = Arc::clone(&self.parts);
+        let fails = {
+            let mut parts = parts.lock().unwrap();
+            parts.sizes.push(data.content_length());
+            parts.under_way += 1;
+            parts.most_under_way = parts.most_under_way.max(parts.under_way);
+            parts.fail.contains(&(parts.sizes.len() - 1))
+        };
+        let sent = self.inner.put_part(data);
+        Box::pin(async move {
+            tokio::task::yield_now().await;
+            let done = if fails { Err(FaultStore::broken(std::io::ErrorKind::TimedOut)) } else { sent.await };
+            parts.lock().unwrap().under_way -= 1;
+            done
+        })
+    }
+
+    fn complete<'a, 'c>(&'a mut self) -> Answer<'c, PutResult>
+    where
+        'a: 'c,
+        Self: 'c,
+    {
+        self.inner.complete()
+    }
+
+    fn abort<'a, 'c>(&'a mut self) -> Answer<'c, ()>
+    where
+        'a: 'c,
+        Self: 'c,
+    {
+        self.parts.lock().unwrap().aborted += 1;
+        self.inner.abort()
+    }
 }
 
 impl FaultStore {
     fn over(inner: &Arc<dyn ObjectStore>, rule: Rule) -> Arc<Self> {
-        Arc::new(Self { inner: Arc::clone(inner), state: Mutex::new((0, rule)) })
+        Arc::new(Self { inner: Arc::clone(inner), state: Mutex::new((0, rule)), parts: Arc::default() })
     }
 
     fn set(&self, rule: Rule) {
@@ -121,7 +175,10 @@ impl ObjectStore for FaultStore {
         'a: 'c,
         'b: 'c,
     {
-        self.inner.put_multipart_opts(key, opts)
+        Box::pin(async move {
+            let inner = self.inner.put_multipart_opts(key, opts).await?;
+            Ok(Box::new(Upload { inner, parts: Arc::clone(&self.parts) }) as Box<dyn MultipartUpload>)
+        })
     }
 
     fn get_opts<'a, 'b, 'c>(&'a self, key: &'b Path, options: GetOptions) -> Answer<'c, GetResult>
@@ -862,4 +919,47 @@ async fn a_payload_that_travels_in_parts_is_the_one_that_was_published() {
         assert_eq!(live(&store).await.unwrap().weights, grown(batch));
     }
     assert!(manifest(&store, 1).await.objects[0].length > 50_000);
+}
+
+// -------------------------------------------------------------------------------------------------------------- parts
+
+/// Pieces of uneven length, 3500 bytes in all.
+fn pieces() -> Vec<bytes::Bytes> {
+    [1, 1999, 700, 800].iter().map(|&n: &usize| (0..n).map(|i| (i * 7 + n) as u8).collect()).collect()
+}
+
+#[tokio::test]
+async fn a_large_payload_travels_in_parts_few_at_a_time() {
+    let inner = memory();
+    let fault = FaultStore::over(&inner, Rule::None);
+    let store = Store::over(fault.clone()).in_parts(500);
+    assert_eq!(store.put_object("objects/x", &pieces()).await.unwrap(), Created::Ours);
+    assert_eq!(Store::over(inner).read("objects/x").await.unwrap().unwrap(), pieces().concat());
+    let parts = fault.parts.lock().unwrap();
+    assert_eq!((&parts.sizes[..], parts.aborted), (&[500; 7][..], 0));
+    assert!((2..=4).contains(&parts.most_under_way), "{parts:?}");
+    assert_eq!(fault.puts(), 0, "nothing went in one piece");
+}
+
+#[tokio::test]
+async fn an_upload_whose_part_failed_is_taken_back_and_made_again() {
+    let inner = memory();
+    let fault = FaultStore::over(&inner, Rule::None);
+    fault.parts.lock().unwrap().fail = 2..3;
+    let store = Store::over(fault.clone()).in_parts(1000);
+    assert_eq!(store.put_object("objects/x", &pieces()).await.unwrap(), Created::Ours);
+    assert_eq!(fault.parts.lock().unwrap().aborted, 1);
+    assert_eq!(Store::over(inner).read("objects/x").await.unwrap().unwrap(), pieces().concat());
+}
+
+#[tokio::test]
+async fn an_upload_that_never_succeeds_leaves_no_object_and_is_a_retry() {
+    let inner = memory();
+    let fault = FaultStore::over(&inner, Rule::None);
+    fault.parts.lock().unwrap().fail = 0..usize::MAX;
+    let store = Store::over(fault.clone()).in_parts(1000);
+    let error = store.put_object("objects/x", &pieces()).await.unwrap_err();
+    assert_eq!(error.remedy(), Remedy::Retry, "{error}");
+    assert!(!store.exists("objects/x").await.unwrap());
+    assert_eq!(fault.parts.lock().unwrap().aborted, 3, "each attempt was taken back");
 }
