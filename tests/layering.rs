@@ -112,7 +112,9 @@ fn sources() -> Vec<File> {
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
             if path.is_dir() {
-                walk(&path, out);
+                if path.file_name().unwrap() != "tests" {
+                    walk(&path, out);
+                }
             } else if path.extension().is_some_and(|e| e == "rs") && path.file_name().unwrap() != "tests.rs" {
                 out.push(path);
             }

@@ -9,6 +9,7 @@ use crate::app::dead_letters::DeadLetters;
 use crate::app::{input, train};
 use crate::config::Checked;
 use crate::event::Stream;
+use crate::snapshot::store::Race;
 use crate::source::decode::{Decoder, EventView};
 use crate::source::kafka::Log;
 use crate::source::{Origin, file};
@@ -86,20 +87,20 @@ impl Check {
         if let Some(settings) = &config.snapshots {
             let store = settings.check()?.open()?;
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            let newest = runtime.block_on(async {
-                // Who opted out of create-only writes knows that they are missing.
-                if !store.is_single_writer() {
-                    store.race(8, 8).await?;
-                }
-                store.latest(&settings.channel).await
-            })?;
-            let newest = newest.and_then(|entry| entry.version);
-            let names = newest.map_or("names no version yet".to_owned(), |version| format!("names version {version}"));
-            let writes = match store.is_single_writer() {
-                true => "`unsafe_create=single-writer`: a second writer would not be noticed",
-                false => "create-only writes work",
+            let raced = if store.is_single_writer() { None } else { Some(runtime.block_on(store.race(8, 8))?) };
+            let newest = runtime.block_on(store.latest(&settings.channel))?;
+            let names = match newest.and_then(|entry| Some((entry.version?, entry.pinned))) {
+                None => "names no version yet".to_owned(),
+                Some((version, false)) => format!("names version {version}"),
+                Some((version, true)) => format!("names version {version} and is pinned"),
             };
-            ok("snapshots", format!("`{}`: {writes}; channel `{}` {names}", store.url(), settings.channel))?;
+            let create = match raced {
+                Some(Race { rounds, writers }) => {
+                    format!("create-only writes work, {rounds} times out of {rounds} with {writers} writers at once")
+                }
+                None => "UNSAFE, single-writer: a second trainer, or a paused one that wakes up, overwrites what this one publishes".to_owned(),
+            };
+            ok("snapshots", format!("`{}`: {create}; channel `{}` {names}", store.url(), settings.channel))?;
         }
         if let Some(place) = DeadLetters::open(config)?.place() {
             ok("dead letters", place)?;

@@ -1,5 +1,7 @@
 //! The promises of publishing, on a store that fails on purpose and on a real directory.
 
+mod faults;
+
 use std::fmt;
 use std::future::Future;
 use std::ops::Range;
@@ -442,6 +444,19 @@ async fn two_writers_that_start_at_once_get_different_epochs() {
     let faults = FaultStore::over(&memory(), Rule::Rival(0));
     let store = Store::over(faults);
     assert_eq!(open(&store).await.epoch(), Epoch(100));
+}
+
+#[tokio::test]
+async fn a_payload_larger_than_a_part_is_the_same_object_as_one_in_one_piece() {
+    let (whole, parts) = (Store::over(memory()), Store::over(memory()).in_parts(100));
+    for store in [&whole, &parts] {
+        let mut publisher = open(store).await;
+        publish(&mut publisher, 1).await.unwrap();
+        assert_eq!(live(store).await.unwrap().weights, weights(1));
+    }
+    let keys = whole.list("objects").await.unwrap().into_keys().collect::<Vec<_>>();
+    assert_eq!(parts.list("objects").await.unwrap().into_keys().collect::<Vec<_>>(), keys);
+    assert_eq!(parts.read(&keys[0]).await.unwrap(), whole.read(&keys[0]).await.unwrap());
 }
 
 #[tokio::test]
