@@ -246,7 +246,7 @@ fn the_demo_over_a_bucket_keeps_its_promises() {
     // So short a stream is too few examples to judge the learning by.
     let broken = |promise: &Value| promise["kept"] == false;
     assert!(!report["promises"].as_array().unwrap().iter().any(broken), "{report:#}");
-    let output = demo("5").unwrap();
+    let output = demo("10").unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && said.contains("already; give a prefix"), "{said}");
 }
