@@ -55,7 +55,7 @@ pub enum Error {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Snapshot store: a directory, or `file://` and an absolute path. Default `"snapshots"`.
+    /// Snapshot store: a directory, or a bucket such as `s3://bucket/prefix` (`docs/stores.md`). Default `"snapshots"`.
     pub store: String,
     /// Channel that names the version to serve. Default `"live"`.
     pub channel: String,
