@@ -259,8 +259,9 @@ impl Worker {
     /// Finds out what the channel names.
     async fn follow(&mut self) -> Result<(), String> {
         let (store, channel) = (&self.settings.store, &self.settings.channel);
-        // As long as there is no entry to look for, only opening tells an empty store from one that is away.
-        if self.follower.as_ref().is_none_or(|(_, follower)| follower.named().is_none()) {
+        // As long as there is no entry to look for, only opening tells an empty directory from one that is away. A bucket
+        // that is away does not answer, and its connections are worth keeping.
+        if self.follower.as_ref().is_none_or(|(store, follower)| store.is_local() && follower.named().is_none()) {
             let store = Store::open(store).map_err(|error| chain(&error))?;
             let pace = self.settings.load_bytes_per_second;
             let store = if pace > 0 { store.paced(pace) } else { store };
