@@ -13,6 +13,7 @@ use crate::model::two_tower::{self, Side};
 use crate::model::{self, logistic};
 use crate::snapshot::gate;
 use crate::source::decode::RecordSettings;
+use crate::train::image::Branch;
 use crate::train::progressive;
 use crate::{join, snapshot, source};
 
@@ -376,6 +377,8 @@ pub struct Checked {
     pub gate: Option<gate::Rules>,
     /// Every setting that decides the order or the bytes, by key: a checkpoint is only resumed under equal ones.
     pub binding: BTreeMap<String, String>,
+    /// Of a lineage that a retrain began: it comes from the command, or from the checkpoint, never from the file.
+    pub branch: Option<Branch>,
 }
 
 fn ms(duration: Duration) -> i64 {
@@ -527,7 +530,8 @@ impl Config {
             // It says nothing of an example that could be compared.
             gate = None;
         }
-        let mut checked = Checked { schema, merge, join, model, gate, binding: BTreeMap::new(), config: self };
+        let mut checked =
+            Checked { schema, merge, join, model, gate, binding: BTreeMap::new(), branch: None, config: self };
         checked.binding = checked.bindings();
         Ok(checked)
     }
@@ -571,7 +575,12 @@ impl Checked {
     /// Names the line of training: jobs of one name under equal binding settings.
     #[must_use]
     pub fn lineage(&self) -> String {
-        let text = serde_json::to_string(&(&self.config.job.name, &self.binding)).expect("settings are plain data");
+        let (name, binding) = (&self.config.job.name, &self.binding);
+        let text = match &self.branch {
+            None => serde_json::to_string(&(name, binding)),
+            Some(branch) => serde_json::to_string(&(name, binding, branch)),
+        };
+        let text = text.expect("settings are plain data");
         format!("{:016x}", xxhash_rust::xxh3::xxh3_64(text.as_bytes()))
     }
 

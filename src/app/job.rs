@@ -5,12 +5,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::control::Control;
+use super::warm::WarmStart;
 use super::{dead_letters, publisher};
 use crate::config;
 use crate::event::Time;
 use crate::join::fuse::Jump;
 use crate::source;
 use crate::train::checkpoint;
+use crate::train::compare::Stretch;
 use crate::train::image::FORMAT;
 
 /// How long the job reads.
@@ -38,9 +40,34 @@ pub struct Options {
     pub predictions: Option<PathBuf>,
     /// Where operators look and speak; none: nobody does.
     pub control: Option<Arc<Control>>,
+    /// A bounded run ends before the first window that the end of the click log cuts, and learns nothing of what is cut.
+    pub whole: bool,
+    /// What a new start begins with; none: nothing is known.
+    pub warm: Option<WarmStart>,
+    /// Where this model is compared with another one.
+    pub compare: Option<Stretch>,
+    /// The configuration file and what is laid over it: read again when a retrained model is handed over.
+    pub config: Option<(PathBuf, Vec<String>)>,
 }
 
 impl Options {
+    /// A run that nobody watches and that writes no more than its configuration says.
+    #[must_use]
+    pub fn until(until: Until) -> Self {
+        Self {
+            until,
+            follow: false,
+            skip_lost: false,
+            journal: None,
+            predictions: None,
+            control: None,
+            whole: false,
+            warm: None,
+            compare: None,
+            config: None,
+        }
+    }
+
     /// Whether the input may still grow.
     #[must_use]
     pub fn follows(&self) -> bool {
@@ -103,6 +130,15 @@ pub enum Error {
     CtrJump { batch: u64, time: Time, jump: Jump },
     #[error("cannot write predictions to `{}`", path.display())]
     Predictions { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    WarmStart(#[from] super::warm::Error),
+    #[error(transparent)]
+    HandOver(#[from] super::handover::Error),
+    #[error(
+        "the checkpoint in `{}` belongs to another retrain ({found}), not to {expected}; give this one another directory",
+        dir.display()
+    )]
+    OtherBranch { dir: PathBuf, found: String, expected: String },
     #[error("a thread cannot be started: {0}")]
     Thread(#[source] io::Error),
 }

@@ -15,7 +15,7 @@ use crate::snapshot::manifest::Build;
 use crate::telemetry;
 use crate::train::checkpoint::{self, Checkpoints, SegmentRef};
 use crate::train::core::Image;
-use crate::train::image::{self, FORMAT, Head};
+use crate::train::image::{self, Branch, FORMAT, Head};
 
 /// Writes checkpoints, one at a time, off the core thread.
 pub struct Keeper {
@@ -44,6 +44,8 @@ impl Keeper {
             next,
             job: checked.config.job.name.clone(),
             lineage: checked.lineage(),
+            branch: checked.branch.clone(),
+            schema: serde_json::from_str(&checked.schema.to_json()).expect("the schema writes JSON"),
             binding: checked.binding.clone(),
             build: build(checked),
             segments: HashMap::new(),
@@ -104,6 +106,8 @@ struct Writer {
     next: u64,
     job: String,
     lineage: String,
+    branch: Option<Branch>,
+    schema: serde_json::Value,
     binding: BTreeMap<String, String>,
     /// What the model is computed with.
     build: String,
@@ -160,6 +164,8 @@ impl Writer {
             format: FORMAT,
             job: self.job.clone(),
             lineage: self.lineage.clone(),
+            branch: self.branch.clone(),
+            schema: Some(self.schema.clone()),
             binding: self.binding.clone(),
             build: self.build.clone(),
             place: image.place.clone(),

@@ -54,6 +54,15 @@ pub struct Summary {
     pub snapshot_version: Option<u64>,
     pub model_digest: String,
     pub order_digest: String,
+    /// Event time where this run began.
+    #[serde(skip)]
+    pub first_frontier: Option<Time>,
+    /// The last batch boundary, as a place among the examples.
+    #[serde(skip)]
+    pub place: Option<(Time, u64)>,
+    /// What was kept for a comparison, up to there.
+    #[serde(skip)]
+    pub compare: Option<Vec<u64>>,
 }
 
 /// What [`summary`] needs to know of the run itself.
@@ -63,6 +72,7 @@ pub struct Run {
     pub seconds: f64,
     pub first_example: u64,
     pub first_impression: u64,
+    pub first_frontier: Option<Time>,
     pub peak_pending: usize,
     pub version: Option<u64>,
 }
@@ -118,5 +128,8 @@ pub fn summary(checked: &Checked, core: &Core, image: &Image, digests: Digests, 
         snapshot_version: run.version,
         model_digest: digests.model,
         order_digest: digests.order,
+        first_frontier: run.first_frontier.or(image.place.event_times.map(|(first, _)| first)),
+        place: image.place.frontier.map(|key| (key.time, key.id)),
+        compare: image.compare.clone(),
     }
 }

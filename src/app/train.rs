@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::control::Why;
 use super::dead_letters::{At, DeadLetters};
+use super::handover;
 use super::input;
 pub use super::job::{Error, Options, Until};
 use super::keeper::Keeper;
@@ -23,6 +24,7 @@ use crate::join::fuse::Fuse;
 use crate::merge::{self, Key, Merge, PartitionPosition, WaitReason};
 use crate::telemetry::{self, Stage};
 use crate::train::checkpoint::Checkpoints;
+use crate::train::compare::Kept;
 use crate::train::core::{Advance, Core, Sampling};
 use crate::train::fresh::Fresh;
 use crate::train::image::{self, FORMAT, Head};
@@ -50,43 +52,76 @@ pub struct Tick {
     pub version: Option<u64>,
 }
 
-/// Runs a job until its input ends or `stop` is set.
+/// Runs a job until its input ends or `stop` is set. Where a retrained model is handed over, the job goes on as that.
 pub fn run(
     checked: &Checked,
     options: &Options,
     stop: &AtomicBool,
     progress: &mut dyn Progress,
 ) -> Result<Summary, Error> {
-    let started = Instant::now();
-    let config = &checked.config;
+    let mut checked = checked.clone();
+    loop {
+        match run_lineage(&checked, options, stop, progress)? {
+            (summary, None) => return Ok(summary),
+            (_, Some(next)) => checked = *next,
+        }
+    }
+}
 
-    let checkpoints = config.checkpoint.as_ref().map(|settings| Checkpoints::open(&settings.dir)).transpose()?;
+/// Runs a job until then, or until another lineage takes its place, under the configuration that comes back.
+fn run_lineage(
+    checked: &Checked,
+    options: &Options,
+    stop: &AtomicBool,
+    progress: &mut dyn Progress,
+) -> Result<(Summary, Option<Box<Checked>>), Error> {
+    let started = Instant::now();
+
+    let settings = checked.config.checkpoint.as_ref();
+    let checkpoints = settings.map(|settings| Checkpoints::open(&settings.dir)).transpose()?;
+    let mut handed_over = false;
     let loaded = match &checkpoints {
-        Some(checkpoints) => checkpoints.newest()?,
+        Some(checkpoints) => {
+            handed_over = handover::take(checkpoints, checked)?;
+            checkpoints.newest()?
+        }
         None => {
             tracing::warn!("no [checkpoint] in the config: this run starts anew and cannot be resumed");
             None
         }
     };
     let mut next_checkpoint = 1;
-    let (restored, model, measured, predictions_at) = match loaded {
+    let (restored, model, measured, predictions_at, branch, words) = match loaded {
         Some(loaded) => {
-            let dir = config.checkpoint.as_ref().map(|settings| settings.dir.clone()).unwrap_or_default();
+            let dir = settings.map(|settings| settings.dir.clone()).unwrap_or_default();
             next_checkpoint = loaded.number + 1;
             let head: Head = read_head(&loaded.head, &dir, checked)?;
+            if let Some(expected) = &checked.branch
+                && head.branch.as_ref() != Some(expected)
+            {
+                let found = head.branch.map_or("`tidemill train`".to_owned(), |branch| format!("{branch:?}"));
+                return Err(Error::OtherBranch { dir, found, expected: format!("{expected:?}") });
+            }
             let seen =
                 loaded.segments.iter().map(|(_, arrays)| image::read_segment(arrays)).collect::<Result<Vec<_>, _>>()?;
             let (restored, state, words) = image::read(&head, &loaded.arrays, seen)?;
             let model = checked.model.resume(state)?;
-            let measured = Progressive::import(&config.metrics, &words)?;
+            let measured = Progressive::import(&checked.config.metrics, &words)?;
             tracing::info!(number = loaded.number, examples = head.place.examples, "resuming from a checkpoint");
-            (Some(restored), model, measured, head.predictions)
+            let compared = loaded.arrays.get("compare").map(|_| loaded.arrays.u64s("compare")).transpose()?;
+            (Some(restored), model, measured, head.predictions, head.branch, compared)
         }
         None => {
-            let model = checked.model.start()?;
-            (None, model, Progressive::new(&config.metrics)?, None)
+            let model = match &options.warm {
+                Some(warm) => checked.model.resume(warm.load(checked)?)?,
+                None => checked.model.start()?,
+            };
+            (None, model, Progressive::new(&checked.config.metrics)?, None, checked.branch.clone(), None)
         }
     };
+    // A job goes on with the lineage that its checkpoint is of.
+    let checked = &Checked { branch, ..checked.clone() };
+    let config = &checked.config;
     let resumed = restored.is_some();
 
     let mut predictions = options
@@ -112,6 +147,14 @@ pub fn run(
         model,
         measured,
     );
+    if let Some(from) = checked.branch.as_ref().and_then(|branch| branch.from) {
+        core.learn_from(from);
+    }
+    core.compare = match (&options.compare, words) {
+        (Some(stretch), Some(words)) => Some(Kept::import(stretch.clone(), &words)?),
+        (Some(stretch), None) => Some(Kept::new(stretch.clone())),
+        (None, _) => None,
+    };
     if let (Some(_), Some(gate)) = (&publisher, &checked.gate) {
         core.fresh = Fresh::new(gate.examples());
     }
@@ -139,17 +182,20 @@ pub fn run(
         batches_at_checkpoint: core.place().batches,
         last_publish: None,
         marked: Vec::new(),
-        next_mark: None,
+        // What was handed over is published with the first batch.
+        next_mark: handed_over.then_some(Time::MIN),
         frozen: false,
         kept: Ok(()),
     };
     let first_example = core.place().examples;
+    let first_frontier = core.place().frontier.map(|key| key.time);
     let learning = Instant::now();
     let mut shown = Instant::now();
     let mut desk = Desk::new(&config.job.name, options.control.clone());
     let mut jumped = None;
     let mut peak_pending = 0;
     let mut fresh = Freshness { joined: core.merge().frontier() };
+    let mut next = None;
     let ended = loop {
         match core.advance() {
             Advance::Boundary => {
@@ -163,6 +209,7 @@ pub fn run(
                 drain(&mut core, predictions.as_mut(), &mut dead)?;
                 job.boundary(&mut core, predictions.as_mut(), &mut dead)?;
             }
+            Advance::Unfinished if options.whole => break true,
             Advance::Unfinished => {
                 tracing::info!(
                     "what follows would come out otherwise if the log went on; a later run resumes before it"
@@ -206,6 +253,10 @@ pub fn run(
         }
         if shown.elapsed() > Duration::from_secs(1) {
             shown = Instant::now();
+            next = handover::asked(checked, options)?;
+            if next.is_some() {
+                break false;
+            }
             desk.show(&core, &job.published());
             if let Some(frontier) = core.place().frontier {
                 let (counts, waiting) = core.join().settled();
@@ -242,9 +293,9 @@ pub fn run(
     }
     let image = core.image();
     let digests = image::digests(&image, &image.model.sorted(), checked.join.window);
-    let run = Run { ended, resumed, seconds, first_example, first_impression, peak_pending, version };
+    let run = Run { ended, resumed, seconds, first_example, first_impression, first_frontier, peak_pending, version };
     tracing::debug!(seconds = started.elapsed().as_secs_f64(), "done");
-    Ok(summary(checked, &core, &image, digests, dead.count, &run))
+    Ok((summary(checked, &core, &image, digests, dead.count, &run), next.map(Box::new)))
 }
 
 /// How long a held job waits before it looks again whether an operator has spoken.

@@ -5,6 +5,7 @@ pub mod demo;
 pub mod generate;
 pub mod operate;
 pub mod replay;
+pub mod retrain;
 pub mod score;
 pub mod serve;
 pub mod snapshots;
@@ -32,6 +33,7 @@ struct Cli {
 #[derive(Subcommand, Debug)]
 enum Command {
     Train(train::Train),
+    Retrain(retrain::Retrain),
     Score(score::Score),
     Serve(serve::Serve),
     Demo(demo::Demo),
@@ -73,6 +75,11 @@ pub fn main() -> ExitCode {
     }
     let result = match command {
         Command::Train(command) => command.run(),
+        // It says more by its exit status than that something failed.
+        Command::Retrain(command) => match command.run() {
+            Ok(status) => return status,
+            Err(error) => Err(error),
+        },
         Command::Score(command) => command.run(),
         Command::Serve(command) => command.run(),
         Command::Demo(command) => command.run(),

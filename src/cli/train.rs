@@ -53,12 +53,12 @@ impl Train {
             None => Until::Stopped,
         };
         let mut options = Options {
-            until,
             follow: self.follow,
             skip_lost: self.skip_lost,
             journal: self.journal.clone(),
             predictions: self.predictions.clone(),
-            control: None,
+            config: Some((self.config.config.clone(), self.config.set.clone())),
+            ..Options::until(until)
         };
         if let Some(listen) = checked.config.telemetry.listen {
             let control = Arc::new(Control::new(&checked.config.job.name));
@@ -85,14 +85,14 @@ impl Train {
 }
 
 /// Progress on stderr: one line that renews itself on a terminal, else a line every ten seconds.
-struct Lines {
+pub(super) struct Lines {
     terminal: bool,
     quiet: bool,
     last: Option<Instant>,
 }
 
 impl Lines {
-    fn new(quiet: bool) -> Self {
+    pub(super) fn new(quiet: bool) -> Self {
         Self { terminal: std::io::stderr().is_terminal(), quiet, last: None }
     }
 
@@ -152,8 +152,13 @@ fn print_table(s: &Summary) -> std::io::Result<()> {
     row(
         "  not learned from",
         format!(
-            "{} sampled out, {} duplicate, {} too late, {} rejected, {} quarantined",
-            c.sampled_out, c.duplicates, c.too_late, c.rejected, c.quarantined
+            "{} sampled out, {} duplicate, {} too late, {} rejected, {} quarantined{}",
+            c.sampled_out,
+            c.duplicates,
+            c.too_late,
+            c.rejected,
+            c.quarantined,
+            if c.before_start > 0 { format!(", {} before the start", c.before_start) } else { String::new() }
         ),
     )?;
     row("  late / windows cut", format!("{} / {}", c.late, c.windows_cut))?;

@@ -315,6 +315,13 @@ impl Schema {
         (0..self.len()).find(|&i| self.name(i) == name)
     }
 
+    /// The row of a value of a categorical feature; none for features of another kind, and crosses.
+    #[must_use]
+    pub fn value_row(&self, i: usize, value: &str) -> Option<u64> {
+        let feature = self.features.get(i)?;
+        (feature.rule == Rule::Category).then(|| feature.row_of(value.as_bytes()))
+    }
+
     /// What an id without a row of its own contributes.
     #[must_use]
     pub fn default_row(&self, i: usize) -> u64 {

@@ -52,6 +52,9 @@ pub struct Counts {
     pub too_late: u64,
     pub rejected: u64,
     pub quarantined: u64,
+    /// From before the time that the lineage learns from: they are known as seen, and nothing more.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub before_start: u64,
     /// Of all impressions, those that took their watermark's place.
     pub late: u64,
     /// Of all impressions, those whose window reached past the end of the click log.
@@ -66,6 +69,12 @@ pub struct Counts {
     pub clicks_late: u64,
 }
 
+/// So that lineages that learn from the start of their log keep their digests.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it so")]
+fn is_zero(count: &u64) -> bool {
+    *count == 0
+}
+
 impl Counts {
     /// Impressions released that are not in exactly one of their classes. Must be 0.
     #[must_use]
@@ -76,7 +85,8 @@ impl Counts {
             + self.duplicates
             + self.too_late
             + self.rejected
-            + self.quarantined;
+            + self.quarantined
+            + self.before_start;
         self.impressions as i64 - accounted as i64
     }
 

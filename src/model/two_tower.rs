@@ -294,7 +294,9 @@ fn parse_device(text: &str) -> Option<(&str, usize)> {
 }
 
 impl Checked {
-    fn rules(&self) -> Rules {
+    /// How rows of the embedding table learn and begin.
+    #[must_use]
+    pub fn rules(&self) -> Rules {
         let EmbeddingSettings { rule, rate, n0, clip, initial, .. } = self.settings.embeddings;
         Rules { dim: self.settings.dim, rule, rate, n0, clip, initial, seed: self.seed }
     }
@@ -369,6 +371,14 @@ pub struct State {
 }
 
 impl State {
+    /// Of towers that know nothing.
+    #[must_use]
+    pub fn fresh(checked: &Checked) -> Self {
+        let pair = checked.layout().pair();
+        let dense = DenseState::new(checked.settings.dense.rule, pair.len);
+        Self { params: checked.begin(&pair), dense, ..Self::default() }
+    }
+
     /// Takes all of the state into a digest, little-endian, each column led by its length.
     pub fn add_to(&self, hash: &mut Xxh3) {
         fn floats(hash: &mut Xxh3, values: &[f32]) {
@@ -670,9 +680,7 @@ const FAILS: &str = "the towers cannot be computed on their device";
 impl TwoTower {
     /// Towers that know nothing. `default_rows` holds the row id of each feature's default row; `threads` compute.
     pub fn new(checked: Checked, default_rows: Vec<u64>, threads: usize) -> Result<Self, Error> {
-        let pair = checked.layout().pair();
-        let dense = DenseState::new(checked.settings.dense.rule, pair.len);
-        let state = State { params: checked.begin(&pair), dense, ..State::default() };
+        let state = State::fresh(&checked);
         Self::from_state(checked, default_rows, threads, state)
     }
 

@@ -85,7 +85,7 @@ struct Head<T> {
 #[derive(Debug)]
 pub struct Checkpoints {
     dir: PathBuf,
-    _lock: File,
+    _lock: Option<File>,
     /// The newest generation known to be good: read and verified, or written, by us.
     good: Mutex<Option<(u64, Vec<SegmentRef>)>>,
     #[cfg(test)]
@@ -107,16 +107,66 @@ impl Checkpoints {
         }
         Ok(Self {
             dir,
-            _lock: lock,
+            _lock: Some(lock),
             good: Mutex::new(None),
             #[cfg(test)]
             faults: tests::Faults::default(),
         })
     }
 
+    /// Looks at the checkpoints of another trainer, which may be writing new ones meanwhile.
+    #[must_use]
+    pub fn look(dir: impl Into<PathBuf>) -> Self {
+        Self {
+            dir: dir.into(),
+            _lock: None,
+            good: Mutex::new(None),
+            #[cfg(test)]
+            faults: tests::Faults::default(),
+        }
+    }
+
     #[must_use]
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// Puts the newest generation of this directory, which may belong to a running trainer, into another one, as links
+    /// where the file system has them. Returns its number; none if there is no checkpoint.
+    pub fn copy_newest(&self, to: &Path) -> Result<Option<u64>> {
+        fs::create_dir_all(to).map_err(|e| failed(to, "make the directory", e))?;
+        for attempt in 1.. {
+            let numbers = if self.dir.is_dir() { self.numbers()? } else { Vec::new() };
+            let Some(&number) = numbers.last() else { return Ok(None) };
+            let copied = self.read_head(number).and_then(|head| {
+                let segments = head.segments.iter().map(|segment| segment.file.clone());
+                // The head last: it says that the rest is there.
+                for name in segments.chain([payload_name(number), head_name(number)]) {
+                    self.copy(&name, to)?;
+                }
+                Ok(())
+            });
+            match copied {
+                Ok(()) => return Ok(Some(number)),
+                // Its trainer has written two more meanwhile, and cleaned up.
+                Err(Error::Damaged { .. }) if attempt < 10 => {}
+                Err(error) => return Err(error),
+            }
+        }
+        unreachable!("the last attempt returns")
+    }
+
+    fn copy(&self, name: &str, to: &Path) -> Result<()> {
+        let (from, to) = (self.dir.join(name), to.join(name));
+        // Files are never written to under their name, so a link is as good as a copy.
+        match fs::hard_link(&from, &to) {
+            Ok(()) => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                Err(Error::Damaged { path: from, reason: "the file is missing".to_owned() })
+            }
+            Err(_) => fs::copy(&from, &to).map(drop).map_err(|e| failed(&to, "copy", e)),
+        }
     }
 
     /// Writes a generation; when this returns it is on the disk, and only it and the good one before are left.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::compare::Kept;
 use super::fresh::Fresh;
 use super::progressive::Progressive;
 use crate::batch::Cutter;
@@ -149,6 +150,8 @@ pub struct Image {
     pub fuse: fuse::State,
     /// What [`Progressive::export`] gave.
     pub progress: Vec<u64>,
+    /// What [`Kept::export`] gave.
+    pub compare: Option<Vec<u64>>,
     pub model: model::Image,
 }
 
@@ -186,6 +189,10 @@ pub struct Core {
     golden: VecDeque<Vec<Slot>>,
     /// A sample of what was learned since it was taken last.
     pub fresh: Fresh,
+    /// Sums over the stretch in which this model is compared with another.
+    pub compare: Option<Kept>,
+    /// Impressions before this are only remembered as seen.
+    learn_from: Time,
 }
 
 /// What the fuse must know of the open batch.
@@ -237,6 +244,8 @@ impl Core {
             quarantined: Vec::new(),
             golden: VecDeque::new(),
             fresh: Fresh::default(),
+            compare: None,
+            learn_from: Time::MIN,
         }
     }
 
@@ -350,6 +359,11 @@ impl Core {
         Some(held)
     }
 
+    /// Learns from no impression before this time. Part of the lineage: to be said before anything is read, the same in each run.
+    pub fn learn_from(&mut self, time: Time) {
+        self.learn_from = time;
+    }
+
     #[must_use]
     pub fn merge(&self) -> &Merge {
         &self.merge
@@ -455,6 +469,10 @@ impl Core {
             _ => self.join.release(key.id, key.time, record.event_time),
         };
         let Verdict::Labelled(label) = verdict else { return false };
+        if key.time < self.learn_from {
+            self.join.counts.before_start += 1;
+            return false;
+        }
         let positive = label == Label::Positive;
         self.open.labelled.impressions += 1;
         self.open.labelled.clicks += u64::from(positive);
@@ -551,6 +569,9 @@ impl Core {
             range = Some((first.min(item.event_time), last.max(item.event_time)));
             self.progress.observe(outcome, example);
             self.fresh.see(example, outcome);
+            if let Some(compare) = &mut self.compare {
+                compare.observe(outcome, example);
+            }
             if self.keep_predictions {
                 let id = &self.text[item.text_start as usize..][..item.text_len as usize];
                 let id = String::from_utf8_lossy(id).into_owned();
@@ -617,6 +638,7 @@ impl Core {
             delays: join.delays,
             fuse: self.fuse.state(),
             progress: self.progress.export(),
+            compare: self.compare.as_ref().map(Kept::export),
             model: self.model.image(),
         }
     }

@@ -19,6 +19,17 @@ use crate::snapshot::codec::{self, Arrays};
 /// Version of the checkpoint's content. A reader refuses another one.
 pub const FORMAT: u32 = 2;
 
+/// What sets a lineage apart from others of the same job under the same settings.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Branch {
+    pub name: String,
+    /// It learns from no impression before this.
+    pub from: Option<Time>,
+    /// What its model began as, if not empty.
+    pub began_as: Option<String>,
+}
+
 /// The part of a checkpoint that is small and worth reading by eye.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -26,6 +37,12 @@ pub struct Head {
     pub format: u32,
     pub job: String,
     pub lineage: String,
+    /// None: what `tidemill train` begins.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub branch: Option<Branch>,
+    /// The feature schema, as snapshots have it. None: the checkpoint is older than this field.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub schema: Option<serde_json::Value>,
     /// Settings that the state is bound to, by key.
     pub binding: BTreeMap<String, String>,
     /// Version of the crate, and machine class.
@@ -112,6 +129,9 @@ pub fn arrays(image: &Image, model: &State) -> Arrays {
     admission_arrays("model", &model.admission, &mut arrays);
     let progress = &image.progress;
     arrays.push_u64("progress", &[progress.len()], progress);
+    if let Some(compare) = &image.compare {
+        arrays.push_u64("compare", &[compare.len()], compare);
+    }
     let mut clicks: Vec<&Click> = image.clicks.iter().collect();
     clicks.sort_unstable();
     let n = [clicks.len()];

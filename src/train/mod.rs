@@ -1,5 +1,6 @@
 //! Score, learn, measure, checkpoint.
 pub mod checkpoint;
+pub mod compare;
 pub mod core;
 pub mod fresh;
 pub mod image;

@@ -81,7 +81,7 @@ pub struct Report {
 }
 
 #[derive(Clone, PartialEq)]
-struct Sums {
+pub(super) struct Sums {
     examples: u64,
     positives: u64,
     weight: f64,
@@ -95,9 +95,39 @@ struct Sums {
 }
 
 impl Sums {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let (weight, clicks, predicted, loss, product) = (0.0, 0.0, 0.0, 0.0, 1.0);
         Self { examples: 0, positives: 0, weight, clicks, predicted, loss, product, bins: vec![[0.0; 2]; BINS] }
+    }
+
+    /// Takes a score with its label; `weight` says how many impressions it stands for.
+    pub(super) fn observe(&mut self, outcome: &Outcome, positive: bool, weight: f64) {
+        let Outcome { logit, e, .. } = *outcome;
+        let (x, e) = (f64::from(logit), f64::from(e));
+        let p = if x >= 0.0 { 1.0 } else { e } / (1.0 + e);
+        let wrong = if positive { -x } else { x };
+        let clicked = u64::from(positive);
+
+        // -ln p(label) is max(wrong, 0) + ln(1 + e).
+        self.examples += 1;
+        self.positives += clicked;
+        self.weight += weight;
+        self.clicks += weight * clicked as f64;
+        self.predicted += weight * p;
+        self.loss += weight * wrong.max(0.0);
+        if weight == 1.0 {
+            // One logarithm for many examples; each factor is at most 2, so nothing overflows.
+            self.product *= 1.0 + e;
+            if self.product > 1e300 {
+                self.loss += libm::log(self.product);
+                self.product = 1.0;
+            }
+        } else {
+            self.loss += weight * libm::log1p(e);
+        }
+        // The cast saturates, so what lies outside enters the outermost bins.
+        let bin = (((logit - FIRST_BIN) * BINS_PER_LOGIT) as usize).min(BINS - 1);
+        self.bins[bin][usize::from(positive)] += weight;
     }
 
     fn add(&mut self, other: &Self) {
@@ -113,7 +143,7 @@ impl Sums {
         }
     }
 
-    fn metrics(&self) -> Metrics {
+    pub(super) fn metrics(&self) -> Metrics {
         let over = |sum: f64, by: f64| (by > 0.0).then(|| sum / by);
         let ctr = over(self.clicks, self.weight);
         let logloss = over(self.loss + libm::log(self.product), self.weight);
@@ -141,7 +171,7 @@ impl Sums {
         }
     }
 
-    fn export(&self, words: &mut Vec<u64>) {
+    pub(super) fn export(&self, words: &mut Vec<u64>) {
         words.extend([self.examples, self.positives]);
         words.extend([self.weight, self.clicks, self.predicted, self.loss, self.product].map(f64::to_bits));
         let used = || self.bins.iter().enumerate().filter(|(_, bin)| **bin != [0.0; 2]);
@@ -149,7 +179,7 @@ impl Sums {
         words.extend(used().flat_map(|(at, bin)| [at as u64, bin[0].to_bits(), bin[1].to_bits()]));
     }
 
-    fn import(words: &mut impl Iterator<Item = u64>) -> Result<Self, Error> {
+    pub(super) fn import(words: &mut impl Iterator<Item = u64>) -> Result<Self, Error> {
         let mut next = || words.next().ok_or(Error::State("they end early"));
         let mut sums = Self::new();
         (sums.examples, sums.positives) = (next()?, next()?);
@@ -198,7 +228,6 @@ impl Progressive {
             self.close();
             self.index = Some(index);
         }
-        let Outcome { logit, e, .. } = *outcome;
         let mut weight = f64::from(example.weight);
         if !example.positive && example.sampling_offset != 0.0 {
             if example.sampling_offset != self.offset.0 {
@@ -206,32 +235,7 @@ impl Progressive {
             }
             weight *= self.offset.1;
         }
-        let (x, e) = (f64::from(logit), f64::from(e));
-        let p = if x >= 0.0 { 1.0 } else { e } / (1.0 + e);
-        let wrong = if example.positive { -x } else { x };
-        let clicked = u64::from(example.positive);
-
-        // -ln p(label) is max(wrong, 0) + ln(1 + e).
-        let sums = &mut self.open;
-        sums.examples += 1;
-        sums.positives += clicked;
-        sums.weight += weight;
-        sums.clicks += weight * clicked as f64;
-        sums.predicted += weight * p;
-        sums.loss += weight * wrong.max(0.0);
-        if weight == 1.0 {
-            // One logarithm for many examples; each factor is at most 2, so nothing overflows.
-            sums.product *= 1.0 + e;
-            if sums.product > 1e300 {
-                sums.loss += libm::log(sums.product);
-                sums.product = 1.0;
-            }
-        } else {
-            sums.loss += weight * libm::log1p(e);
-        }
-        // The cast saturates, so what lies outside enters the outermost bins.
-        let bin = (((logit - FIRST_BIN) * BINS_PER_LOGIT) as usize).min(BINS - 1);
-        sums.bins[bin][usize::from(example.positive)] += weight;
+        self.open.observe(outcome, example.positive, weight);
     }
 
     fn close(&mut self) {

@@ -292,14 +292,7 @@ pub fn run(
     let training = Guarded::start("train", {
         let (progress, predictions) = (Arc::clone(&demo.tick), Some(predictions));
         move |stop| {
-            let options = TrainOptions {
-                until: Until::Stopped,
-                follow: false,
-                skip_lost: false,
-                journal: None,
-                predictions,
-                control: None,
-            };
+            let options = TrainOptions { predictions, ..TrainOptions::until(Until::Stopped) };
             train::run(&checked, &options, stop, &mut Ticks(progress))
         }
     })?;
