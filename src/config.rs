@@ -409,6 +409,12 @@ impl Config {
         read(path, overrides)
     }
 
+    /// The file that gives these settings.
+    #[must_use]
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).expect("settings are plain data")
+    }
+
     /// Checks everything that can be checked without touching a file or a store.
     pub fn check(mut self, until: Option<Time>) -> Result<Checked, Error> {
         if let Some(cluster) = &self.kafka {
@@ -589,6 +595,15 @@ impl Checked {
     pub fn device(&self) -> Option<&str> {
         let towers = self.model.towers.as_ref()?;
         (towers.settings.device != "cpu").then_some(&towers.settings.device)
+    }
+
+    /// The version, the machine's kind, and the device of the towers where that is not the CPU: all that weights' last bits
+    /// may depend on.
+    #[must_use]
+    pub fn build(&self) -> String {
+        let snapshot::manifest::Build { crate_version, target } = snapshot::manifest::Build::this();
+        let device = self.device().map_or(String::new(), |device| format!(", towers on {device}"));
+        format!("{crate_version} {target}{device}")
     }
 
     #[must_use]

@@ -44,8 +44,8 @@ const ROOMS: &[(&str, &[&str])] = &[
     (
         "cli",
         &[
-            "event", "position", "feature", "source", "merge", "join", "train", "snapshot", "serve", "generate",
-            "config", "app",
+            "event", "position", "clock", "feature", "source", "merge", "join", "train", "snapshot", "serve",
+            "generate", "config", "app",
         ],
     ),
 ];
@@ -75,9 +75,8 @@ const FOREIGN: &[(&str, &[&str])] = &[
         &[
             "src/app/demo/",
             "src/app/exporter.rs",
+            "src/app/mod.rs",
             "src/app/publisher.rs",
-            "src/app/retrain.rs",
-            "src/app/warm.rs",
             "src/cli/",
             "src/snapshot/store.rs",
             "src/serve/reload.rs",

@@ -1,12 +1,11 @@
 //! What feeds the core: the partitions of both streams, read as the merge asks for them.
 
 use std::collections::BTreeSet;
-use std::path::Path;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::dead_letters::DeadLetters;
-use super::job::{Error, Options};
+use super::job::{Error, Journal, Options};
 use super::keeper::Durable;
 use crate::clock;
 use crate::config::{self, Checked, StreamSettings};
@@ -204,11 +203,11 @@ pub fn open(
     let place = |found: &Found| {
         known.iter().position(|known| known.name == found.name && known.stream == feeds[found.feed].stream)
     };
-    if let Some(path) = &options.journal {
+    if let Some(decided) = &options.journal {
         if known.is_empty() {
             let name = |found: &Found| (feeds[found.feed].stream, found.name.clone());
             let names: Vec<_> = found.iter().map(name).collect();
-            core.merge_mut().resume(None, journal(path, &names)?);
+            core.merge_mut().resume(None, journal(decided, &names)?);
         } else {
             tracing::info!("the checkpoint has its own journal; --journal only counts for a new start");
         }
@@ -268,7 +267,11 @@ pub fn open(
                 }
                 None => {
                     let spec = |(found, from): (&mut Found, &NextOffset)| {
-                        found.spec.take().map(|spec| source::Spec { from: *from, ..spec })
+                        let mode = |spec: &source::Spec| {
+                            // Another one may be writing it.
+                            if options.whole && !follow { file::Mode::Growing } else { spec.mode }
+                        };
+                        found.spec.take().map(|spec| source::Spec { from: *from, mode: mode(&spec), ..spec })
                     };
                     sources.add_files(mine.filter_map(spec).collect())?
                 }
@@ -282,24 +285,35 @@ pub fn open(
     Ok(Input { partitions, recycler, sources, feeds, follow, looked: Instant::now(), in_danger: BTreeSet::new() })
 }
 
-/// The journal of a manifest, for partitions that are numbered as `names` are.
-fn journal(path: &Path, names: &[(Stream, String)]) -> Result<Vec<JournalEntry>, Error> {
-    let refuse = |why: String| Error::Journal { path: path.to_owned(), why };
-    let text = std::fs::read(path).map_err(|error| refuse(error.to_string()))?;
-    let Facts { positions, journal, .. } =
-        Manifest::from_bytes(&text).map_err(|error| refuse(format!("it is no manifest: {error}")))?.facts;
-    let entry = |line: &String| {
-        let mut entry: JournalEntry = serde_json::from_str(line).map_err(|error| refuse(error.to_string()))?;
+/// The entries of a journal, for partitions that are numbered as `names` are.
+fn journal(decided: &Journal, names: &[(Stream, String)]) -> Result<Vec<JournalEntry>, Error> {
+    let from = match decided {
+        Journal::Manifest(path) => path.display().to_string(),
+        Journal::Entries { .. } => "the checkpoint".to_owned(),
+    };
+    let refuse = |why: String| Error::Journal { from: from.clone(), why };
+    let (entries, partitions) = match decided {
+        Journal::Manifest(path) => {
+            let text = std::fs::read(path).map_err(|error| refuse(error.to_string()))?;
+            let Facts { positions, journal, .. } =
+                Manifest::from_bytes(&text).map_err(|error| refuse(format!("it is no manifest: {error}")))?.facts;
+            let entries = journal.iter().map(|line| serde_json::from_str(line));
+            let entries =
+                entries.collect::<Result<Vec<JournalEntry>, _>>().map_err(|error| refuse(error.to_string()))?;
+            (entries, positions.into_iter().map(|of| (of.stream, of.name)).collect())
+        }
+        Journal::Entries { entries, partitions } => (entries.clone(), partitions.clone()),
+    };
+    let entry = |mut entry: JournalEntry| {
         let at = entry.partition as usize;
-        let of =
-            positions.get(at).ok_or_else(|| refuse(format!("it is about partition {at}, which it does not name")))?;
-        let here = names.iter().position(|(stream, name)| (*stream, name) == (of.stream, &of.name));
-        let missing =
-            || refuse(format!("it is about `{}` of {}, which this job does not read", of.name, of.stream.name()));
-        entry.partition = here.ok_or_else(missing)? as u32;
+        let of: &(Stream, String) =
+            partitions.get(at).ok_or_else(|| refuse(format!("it is about partition {at}, which it does not name")))?;
+        let (stream, name) = of;
+        let missing = || refuse(format!("it is about `{name}` of {}, which this job does not read", stream.name()));
+        entry.partition = names.iter().position(|here| here == of).ok_or_else(missing)? as u32;
         Ok(entry)
     };
-    journal.iter().map(entry).collect()
+    entries.into_iter().map(entry).collect()
 }
 
 /// Where clicks are sharded too, an impression's clicks must be in the shard that has the impression: the topics of both

@@ -8,8 +8,9 @@ use super::control::Control;
 use super::warm::WarmStart;
 use super::{dead_letters, publisher};
 use crate::config;
-use crate::event::Time;
+use crate::event::{Stream, Time};
 use crate::join::fuse::Jump;
+use crate::merge::JournalEntry;
 use crate::source;
 use crate::train::checkpoint;
 use crate::train::compare::Stretch;
@@ -26,6 +27,15 @@ pub enum Until {
     Time(Time),
 }
 
+/// Where the decisions of an earlier run are.
+#[derive(Clone, Debug)]
+pub enum Journal {
+    /// In a manifest of its.
+    Manifest(PathBuf),
+    /// Here, and the partitions that they are about, by number.
+    Entries { entries: Vec<JournalEntry>, partitions: Vec<(Stream, String)> },
+}
+
 /// What one run is asked for, beside its configuration.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -34,8 +44,8 @@ pub struct Options {
     pub follow: bool,
     /// Go on where retention has dropped records that were not trained, rather than stop.
     pub skip_lost: bool,
-    /// Manifest of an earlier run over the same log, whose journal is obeyed: what its runtime decided is decided again.
-    pub journal: Option<PathBuf>,
+    /// What the runtime of an earlier run over the same log decided, which is decided again.
+    pub journal: Option<Journal>,
     /// File for id, prediction and label of every example.
     pub predictions: Option<PathBuf>,
     /// Where operators look and speak; none: nobody does.
@@ -117,8 +127,8 @@ pub enum Error {
          it back until its impressions are trained (a partition that was trained to its end may go)"
     )]
     PartitionGone { name: String, stream: &'static str },
-    #[error("the journal in `{}` cannot be obeyed: {why}", path.display())]
-    Journal { path: PathBuf, why: String },
+    #[error("the journal in `{from}` cannot be obeyed: {why}")]
+    Journal { from: String, why: String },
     #[error(
         "the click-through rate jumped: {} clicks in {} impressions where {:.5} of them were clicked before (batch {batch}, \
          from {time}). Bounded input brings no more clicks, so nothing of it was learned. Look for the cause; \

@@ -11,7 +11,6 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use crate::config::Checked;
 use crate::event::Time;
 use crate::merge::PartitionPosition;
-use crate::snapshot::manifest::Build;
 use crate::telemetry;
 use crate::train::checkpoint::{self, Checkpoints, SegmentRef};
 use crate::train::core::Image;
@@ -47,7 +46,7 @@ impl Keeper {
             branch: checked.branch.clone(),
             schema: serde_json::from_str(&checked.schema.to_json()).expect("the schema writes JSON"),
             binding: checked.binding.clone(),
-            build: build(checked),
+            build: checked.build(),
             segments: HashMap::new(),
             durable: Durable::default(),
         };
@@ -114,14 +113,6 @@ struct Writer {
     /// Segments of seen ids that the last checkpoint holds: by (start, ids), since a closed segment never changes.
     segments: HashMap<(Time, usize), SegmentRef>,
     durable: Durable,
-}
-
-/// The version, the machine's kind, and the device of the towers where that is not the CPU: all that weights' last bits may
-/// depend on.
-fn build(checked: &Checked) -> String {
-    let Build { crate_version, target } = Build::this();
-    let device = checked.device().map_or(String::new(), |device| format!(", towers on {device}"));
-    format!("{crate_version} {target}{device}")
 }
 
 impl Writer {

@@ -17,4 +17,10 @@ pub mod retrain;
 pub mod summary;
 pub mod topics;
 pub mod train;
+pub mod verify;
 pub mod warm;
+
+/// Drives what talks to a store, where one thing is done after the other.
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()
+}

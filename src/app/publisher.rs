@@ -21,7 +21,7 @@ use crate::snapshot::{self, Facts, Golden, ModelInfo, Outcome, Publisher, Remedy
 use crate::telemetry::{self, Stage};
 use crate::train::core::{Core, Image, Standing};
 use crate::train::fresh::{self, Fresh};
-use crate::train::image::{self, Digests};
+use crate::train::image::{self, Digests, Ordered};
 use crate::train::progressive;
 
 /// What is to be published of a boundary, and fresh examples to prove and to judge it with.
@@ -112,7 +112,7 @@ impl Handle {
     /// Takes the channel (which fences any other writer) and starts the thread.
     pub fn start(checked: &Checked, settings: &snapshot::Settings) -> Result<Self, Error> {
         let plan = settings.check()?;
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let runtime = super::runtime()?;
         let model = ModelInfo {
             kind: checked.config.model.kind.name().to_owned(),
             // By way of text, which keeps an f32 as short as it is.
@@ -362,7 +362,7 @@ impl Worker {
         let (content, digests) = match &job.model {
             Part::Whole(image) => {
                 let model = image.model.sorted();
-                let digests = image::digests(image, &model, self.window);
+                let digests = image::digests(&Ordered::of(image), &model, self.window);
                 (Content::from(weights(&self.model, model).map_err(unfit)?), Some(digests))
             }
             Part::Touched { since, changes } => {
@@ -393,7 +393,7 @@ impl Worker {
 }
 
 /// What is published of a model.
-fn weights(checked: &model::Checked, state: model::State) -> Result<Weights, codec::Error> {
+pub(super) fn weights(checked: &model::Checked, state: model::State) -> Result<Weights, codec::Error> {
     let logistic = state.logistic;
     let intercept = logistic.intercept.w as f32;
     let weights = Weights::new(logistic.rows.ids, logistic.rows.w, intercept, checked.default_rows.clone())?;

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::handover::{self, Answer, Offer};
-use super::job::{self, Options, Until};
+use super::job::{self, Journal, Options, Until};
 use super::train::{self, Progress, Summary};
 use super::warm::WarmStart;
 use crate::clock;
@@ -160,10 +160,10 @@ const CAUGHT_UP: Duration = Duration::from_secs(10);
 /// Most times that it follows the log again.
 const FOLLOWS: usize = 20;
 
-/// Runs a retrain, or goes on with one. `live` is the configuration of the live job; none: that of the retrain.
+/// Runs a retrain, or goes on with one. `live` is the configuration of the live job.
 pub fn run(
     config: &Config,
-    live: Option<&Config>,
+    live: &Config,
     request: &Request,
     stop: &AtomicBool,
     progress: &mut dyn Progress,
@@ -171,7 +171,6 @@ pub fn run(
     let began = Instant::now();
     let dir = &request.dir;
     fs::create_dir_all(dir).map_err(|source| Error::Io { path: dir.clone(), action: "make the directory", source })?;
-    let live = live.unwrap_or(config);
     let plan = plan(config, live, request)?;
     let (mut impressions, mut first) = (0, None);
     let mut count = |summary: &Summary| {
@@ -187,7 +186,8 @@ pub fn run(
         let checked = Checked { config: Config { snapshots: None, ..checked.config.clone() }, ..checked };
         let end = plan.after.map(|(time, _)| time).or(plan.until);
         let (checked, until) = bounded(checked, end);
-        let options = Options { warm: warm.take(), journal: request.journal.clone(), ..once(until) };
+        let options =
+            Options { warm: warm.take(), journal: request.journal.clone().map(Journal::Manifest), ..once(until) };
         let summary = train::run(&checked, &options, stop, progress);
         count(&summary.map_err(|source| Error::Job { stage: "an earlier pass of the candidate", source })?);
         warm = Some(WarmStart::Checkpoint(dir.join(format!("pass-{pass}"))));
@@ -202,7 +202,7 @@ pub fn run(
     let (checked, until) = bounded(checked, plan.until);
     let options = Options {
         warm,
-        journal: request.journal.clone(),
+        journal: request.journal.clone().map(Journal::Manifest),
         compare: plan.after.map(|_| plan.stretch.clone()),
         ..once(until)
     };
@@ -244,15 +244,15 @@ pub fn run(
     // The live model over what has come since, on a copy of its own.
     if let Some(after) = plan.after.filter(|after| *after < through) {
         let stretch = Stretch { through: Some(through), ..plan.stretch.clone() };
-        let mut checked = shadow(live, &dir.join("live"))?;
+        let checked = shadow(live, &dir.join("live"))?;
         // The stretch of the copy changes as the candidate gets further: it begins again from the start.
         if through_of(&dir.join("through.json"))? != Some(through) {
             pin_live(live, &dir.join("live"), &dir.join("live-pinned"))?;
             write(&dir.join("through.json"), &through)?;
         }
-        checked.config.job.name = live.job.name.clone();
         let (checked, until) = bounded(checked, Some(Time(through.0.0 + 1)));
-        let options = Options { compare: Some(stretch.clone()), ..once(until) };
+        // To the last example, whether or not a batch ends there: nothing goes on from this.
+        let options = Options { compare: Some(stretch.clone()), ..Options::until(until) };
         let ran = train::run(&checked, &options, stop, progress);
         let ran = ran.map_err(|source| Error::Job {
             stage: "the copy of the live model (--live names its configuration)",
@@ -502,7 +502,7 @@ fn promote(live: &Config, request: &Request, report: &Report, checkpoints: &Path
     let (Some(settings), Some(version)) = (&live.snapshots, report.version) else {
         return Ok(Outcome::Promoted { job });
     };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = super::runtime();
     let runtime =
         runtime.map_err(|source| Error::Io { path: request.dir.clone(), action: "start a runtime", source })?;
     let done = runtime.block_on(async {

@@ -27,12 +27,17 @@ use crate::train::checkpoint::Checkpoints;
 use crate::train::compare::Kept;
 use crate::train::core::{Advance, Core, Sampling};
 use crate::train::fresh::Fresh;
-use crate::train::image::{self, FORMAT, Head};
+use crate::train::image::{self, FORMAT, Head, Ordered};
 use crate::train::progressive::Progressive;
 
 /// A line now and then while a job runs, for a person to follow.
 pub trait Progress {
     fn show(&mut self, line: &Tick);
+
+    /// Looks at the core at a batch boundary. Whether the run goes on.
+    fn boundary(&mut self, _core: &Core) -> bool {
+        true
+    }
 }
 
 /// What [`Progress`] is shown.
@@ -150,6 +155,9 @@ fn run_lineage(
     if let Some(from) = checked.branch.as_ref().and_then(|branch| branch.from) {
         core.learn_from(from);
     }
+    if options.whole {
+        core.expect_growth();
+    }
     core.compare = match (&options.compare, words) {
         (Some(stretch), Some(words)) => Some(Kept::import(stretch.clone(), &words)?),
         (Some(stretch), None) => Some(Kept::new(stretch.clone())),
@@ -208,6 +216,9 @@ fn run_lineage(
                 }
                 drain(&mut core, predictions.as_mut(), &mut dead)?;
                 job.boundary(&mut core, predictions.as_mut(), &mut dead)?;
+                if !progress.boundary(&core) {
+                    break true;
+                }
             }
             Advance::Unfinished if options.whole => break true,
             Advance::Unfinished => {
@@ -292,7 +303,7 @@ fn run_lineage(
         return Err(jumped);
     }
     let image = core.image();
-    let digests = image::digests(&image, &image.model.sorted(), checked.join.window);
+    let digests = image::digests(&Ordered::of(&image), &image.model.sorted(), checked.join.window);
     let run = Run { ended, resumed, seconds, first_example, first_impression, first_frontier, peak_pending, version };
     tracing::debug!(seconds = started.elapsed().as_secs_f64(), "done");
     Ok((summary(checked, &core, &image, digests, dead.count, &run), next.map(Box::new)))

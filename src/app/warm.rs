@@ -141,7 +141,7 @@ impl WarmStart {
     fn of_snapshot(&self, url: &str, version: Option<Version>, checked: &Checked) -> Result<Learned, Error> {
         let fail = |source| Error::Snapshot { from: self.clone(), source };
         let store = Store::open(url).map_err(fail)?;
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = super::runtime();
         let runtime = runtime.map_err(|error| Error::Nothing { from: self.clone(), why: error.to_string() })?;
         let found = match version {
             Some(version) => runtime.block_on(store.load(version)).map(Some),

@@ -10,6 +10,7 @@ pub mod score;
 pub mod serve;
 pub mod snapshots;
 pub mod train;
+pub mod verify;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -34,6 +35,7 @@ struct Cli {
 enum Command {
     Train(train::Train),
     Retrain(retrain::Retrain),
+    Verify(verify::Verify),
     Score(score::Score),
     Serve(serve::Serve),
     Demo(demo::Demo),
@@ -77,6 +79,10 @@ pub fn main() -> ExitCode {
         Command::Train(command) => command.run(),
         // It says more by its exit status than that something failed.
         Command::Retrain(command) => match command.run() {
+            Ok(status) => return status,
+            Err(error) => Err(error),
+        },
+        Command::Verify(command) => match command.run() {
             Ok(status) => return status,
             Err(error) => Err(error),
         },

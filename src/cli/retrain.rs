@@ -32,9 +32,12 @@ const PENDING: u8 = 4;
 pub struct Retrain {
     #[command(flatten)]
     pub config: ConfigArgs,
-    /// Configuration that the live job runs with, where it is not this one.
+    /// Configuration that the live job runs with. Default: the file of --config, without --set.
     #[arg(long, value_name = "FILE")]
     pub live: Option<PathBuf>,
+    /// What the live job was started with over its file. May be given often.
+    #[arg(long = "live-set", value_name = "KEY=VALUE")]
+    pub live_set: Vec<String>,
     /// Learn from no impression before this time (RFC 3339 or Unix milliseconds). Default: from the start of the log.
     #[arg(long, value_name = "TIME", value_parser = super::parse_time)]
     pub from: Option<Time>,
@@ -110,7 +113,7 @@ fn duration(text: &str) -> Result<Duration, String> {
 impl Retrain {
     pub fn run(self) -> anyhow::Result<ExitCode> {
         let config = self.config.load()?;
-        let live = self.live.as_ref().map(|path| Config::load(path, &[])).transpose()?;
+        let live = Config::load(self.live.as_ref().unwrap_or(&self.config.config), &self.live_set)?;
         let dir = match (&self.dir, &config.checkpoint) {
             (Some(dir), _) => dir.clone(),
             (None, Some(settings)) => {
@@ -158,7 +161,7 @@ impl Retrain {
         let terminal = std::io::stderr().is_terminal() && !self.json;
         let mut progress: Box<dyn Progress> =
             if terminal { Box::new(Bar::new(request.from, request.until)) } else { Box::new(Lines::new(self.json)) };
-        let report = retrain::run(&config, live.as_ref(), &request, &stop, progress.as_mut())?;
+        let report = retrain::run(&config, &live, &request, &stop, progress.as_mut())?;
         drop(progress);
         if self.json {
             println!("{}", serde_json::to_string(&report)?);

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::ConfigArgs;
 use crate::app::control::{Control, Why};
+use crate::app::job::Journal;
 use crate::app::train::{self, Options, Progress, Summary, Tick, Until};
 use crate::event::Time;
 use crate::merge::WaitReason;
@@ -55,7 +56,7 @@ impl Train {
         let mut options = Options {
             follow: self.follow,
             skip_lost: self.skip_lost,
-            journal: self.journal.clone(),
+            journal: self.journal.clone().map(Journal::Manifest),
             predictions: self.predictions.clone(),
             config: Some((self.config.config.clone(), self.config.set.clone())),
             ..Options::until(until)
@@ -96,7 +97,7 @@ impl Lines {
         Self { terminal: std::io::stderr().is_terminal(), quiet, last: None }
     }
 
-    fn done(&self) {
+    pub(super) fn done(&self) {
         if self.terminal && !self.quiet && self.last.is_some() {
             eprintln!();
         }

@@ -336,6 +336,8 @@ pub struct Merge {
     resumed: Option<Key>,
     journal: Vec<JournalEntry>,
     limits: Limits,
+    /// See [`Merge::is_certain`].
+    certain: Limits,
     /// (partition, time) of the smallest click, if any is queued.
     next_click: Option<(usize, Time)>,
     /// (partition, time) of the smallest impression, if any is pending.
@@ -405,6 +407,7 @@ impl Merge {
             resumed: None,
             journal: Vec::new(),
             limits: Limits { impressions: Time::MIN, clicks: Time::MIN },
+            certain: Limits { impressions: Time::MAX, clicks: Time::MAX },
             next_click: None,
             next_impression: None,
             last: None,
@@ -1009,6 +1012,7 @@ impl Merge {
             limits.clicks = limits.clicks.min(furthest);
         }
         self.limits = limits;
+        self.certain = self.limits_of_ended();
         self.next_click = self.smallest(Stream::Clicks);
         self.next_impression = self.smallest(Stream::Impressions);
     }
@@ -1070,6 +1074,28 @@ impl Merge {
     fn forget_half(&mut self) {
         self.partitions.iter_mut().for_each(|p| p.heard.clicks /= 2);
         self.heard = self.partitions.iter().map(|p| p.heard.clicks).sum();
+    }
+
+    /// How far what has ended says all there is to say, if it goes on one day. One that lies further back than a silent
+    /// partition is waited for is taken to be over.
+    fn limits_of_ended(&self) -> Limits {
+        let mut limits = Limits { impressions: Time::MAX, clicks: Time::MAX };
+        for (stream, limit) in [(Stream::Impressions, &mut limits.impressions), (Stream::Clicks, &mut limits.clicks)] {
+            let all = || self.partitions.iter().filter(move |p| p.stream == stream);
+            let Some(furthest) = all().map(|p| p.real).max() else { continue };
+            let rules = if stream == Stream::Impressions { self.rules.impressions } else { self.rules.clicks };
+            let after = rules.idle_after;
+            let over = |p: &&Partition| after.is_some_and(|after| p.real < furthest.minus(after));
+            *limit = all().filter(|p| p.ended && !over(p)).map(|p| p.real).min().unwrap_or(Time::MAX);
+        }
+        limits
+    }
+
+    /// Whether the release of an impression at `time` would be the same if all that has ended went on: no record that could
+    /// still come would lie before it, and no click in its window.
+    #[must_use]
+    pub fn is_certain(&self, time: Time) -> bool {
+        time < self.certain.impressions && time.plus(self.rules.window) < self.certain.clicks
     }
 
     /// Where the click log ends, if all of it has ended: windows that reach this time are cut.

@@ -5,7 +5,7 @@
 //! | format | plain, gzip (any number of members) or zstd (any number of frames); told by the first bytes, not by the name |
 //! | offset | byte at which a record starts, in the decompressed content |
 //! | line end | `\n` or `\r\n`; lines of nothing but white space are skipped, their bytes count |
-//! | last line without `\n` | bounded: a record; followed plain file: not there yet |
+//! | last line without `\n` | bounded: a record; plain file that is followed or may grow: not there yet |
 //! | too long a record | rejected with its first 4 KiB; never held whole |
 //! | bounded | to the length that a plain file had when it was opened; to the end of a compressed stream |
 //! | followed | a plain file may grow. A compressed one must be complete: it is read to its end and counts as caught up from then on |
@@ -87,6 +87,8 @@ pub struct Spec {
 pub enum Mode {
     /// At the end that it has when it is opened.
     Bounded,
+    /// Likewise, for one that may be growing: a last line of a plain file without its line end is not there yet.
+    Growing,
     /// Never; it is looked at for growth every `poll`.
     Follow { poll: Duration },
 }
@@ -398,7 +400,7 @@ impl Reader {
             self.skip()?;
         }
         match self.spec.mode {
-            Mode::Bounded => {
+            Mode::Bounded | Mode::Growing => {
                 let packed = matches!(self.input, Input::Packed(_));
                 let limit = if packed { u64::MAX } else { self.length };
                 if self.advance(limit, packed, Purpose::Deliver)? == Edge::End && !packed {
@@ -458,7 +460,8 @@ impl Reader {
                 Ok(edge) => (edge, None),
                 Err(error) => (None, Some(self.unreadable(error))),
             };
-            let take_last = edge == Some(Edge::Limit) || edge == Some(Edge::End) && last_at_end;
+            let at_limit = edge == Some(Edge::Limit) && self.spec.mode != Mode::Growing;
+            let take_last = at_limit || edge == Some(Edge::End) && last_at_end;
             if self.unended && self.len > 0 {
                 if !matches!(self.block[0], b'\n' | b'\r') {
                     return Err(self.continued().into());

@@ -193,6 +193,8 @@ pub struct Core {
     pub compare: Option<Kept>,
     /// Impressions before this are only remembered as seen.
     learn_from: Time,
+    /// What has ended may go on one day.
+    growing: bool,
 }
 
 /// What the fuse must know of the open batch.
@@ -246,6 +248,7 @@ impl Core {
             fresh: Fresh::default(),
             compare: None,
             learn_from: Time::MIN,
+            growing: false,
         }
     }
 
@@ -364,6 +367,12 @@ impl Core {
         self.learn_from = time;
     }
 
+    /// The log goes on behind the end of bounded input: [`Advance::Unfinished`] is also said of what could come out otherwise
+    /// then.
+    pub fn expect_growth(&mut self) {
+        self.growing = true;
+    }
+
     #[must_use]
     pub fn merge(&self) -> &Merge {
         &self.merge
@@ -414,7 +423,8 @@ impl Core {
         loop {
             match self.merge.ready() {
                 Ready::Impression { time, cut, .. } => {
-                    if cut && !self.unfinished {
+                    let uncertain = cut || self.growing && !self.merge.is_certain(time);
+                    if uncertain && !self.unfinished {
                         self.unfinished = true;
                         return Advance::Unfinished;
                     }

@@ -70,9 +70,36 @@ pub struct Digests {
     pub order: String,
 }
 
-/// Computes both digests. `model` is the image's model in canonical order. `window` in ms.
+/// What the order digest is made of beside the model.
+#[derive(Clone, Copy)]
+pub struct Ordered<'a> {
+    pub place: &'a Place,
+    pub counts: &'a join::Counts,
+    pub delays: &'a join::DelayCurve,
+    pub progress: &'a [u64],
+    pub seen: &'a [Arc<Segment>],
+    pub clicks: &'a [Click],
+    pub journal: &'a [JournalEntry],
+}
+
+impl<'a> Ordered<'a> {
+    #[must_use]
+    pub fn of(image: &'a Image) -> Self {
+        let Image { place, counts, delays, progress, seen, clicks, journal, .. } = image;
+        Self { place, counts, delays, progress, seen, clicks, journal }
+    }
+
+    /// Of what [`read`] gave.
+    #[must_use]
+    pub fn of_restored(restored: &'a Restored, progress: &'a [u64]) -> Self {
+        let Restored { place, counts, delays, seen, clicks, journal, .. } = restored;
+        Self { place, counts, delays, progress, seen, clicks, journal }
+    }
+}
+
+/// Computes both digests. `model` is in canonical order. `window` in ms.
 #[must_use]
-pub fn digests(image: &Image, model: &State, window: i64) -> Digests {
+pub fn digests(image: &Ordered<'_>, model: &State, window: i64) -> Digests {
     let model = format!("{:032x}", model.digest());
     let mut hash = Xxh3::new();
     let mut words = |words: &mut dyn Iterator<Item = u64>| {
@@ -91,7 +118,7 @@ pub fn digests(image: &Image, model: &State, window: i64) -> Digests {
     };
     let frontier = image.place.frontier.map_or(Time::MIN, |key| key.time);
     let passed = frontier.plus(window);
-    let small = serde_json::to_vec(&(&model, &image.place, &image.counts, &image.delays)).expect("plain data");
+    let small = serde_json::to_vec(&(&model, image.place, image.counts, image.delays)).expect("plain data");
     words(&mut small.iter().map(|byte| u64::from(*byte)));
     words(&mut image.progress.iter().copied());
     words(&mut image.seen.iter().flat_map(|segment| segment.ids.iter().copied()));

@@ -1,0 +1,436 @@
+//! `tidemill verify`: the promise that the same log and the same configuration give the same bytes, put to the test.
+//!
+//! [`replay`] learns the log again that a job has learned, with its journal, and compares at each batch of which there is
+//! still something to compare with: its newest checkpoint, and the versions of its lineage that are in the store. [`restart`]
+//! runs a job twice, once in peace and once killed over and over, and compares their digests.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+use super::job::{self, Journal, Options, Until};
+use super::publisher;
+use super::train::{self, Progress, Tick};
+use super::warm::WarmStart;
+use crate::config::{self, Checked, Config, DeadLetterSettings};
+use crate::event::Time;
+use crate::model::State;
+use crate::snapshot::codec::{self, Digest};
+use crate::snapshot::manifest::PAYLOAD_FORMAT;
+use crate::snapshot::{self, Manifest, Precision, Store, Version, Weights};
+use crate::train::checkpoint::{self, Checkpoints};
+use crate::train::core::Core;
+use crate::train::image::{self, Digests, Ordered};
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Config(#[from] config::Error),
+    #[error(transparent)]
+    Checkpoint(#[from] checkpoint::Error),
+    #[error(transparent)]
+    Content(#[from] codec::Error),
+    #[error(transparent)]
+    Job(#[from] job::Error),
+    #[error(transparent)]
+    Snapshot(#[from] snapshot::Error),
+    #[error("there is nothing to compare with: {0}")]
+    Nothing(String),
+    #[error("`{}`: cannot {action}", path.display())]
+    Io { path: PathBuf, action: &'static str, source: io::Error },
+    #[error("the run that was not disturbed failed: {0}")]
+    Undisturbed(String),
+}
+
+/// Something of a job that a replay must come to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Of {
+    Checkpoint(u64),
+    Version(u64),
+}
+
+/// How one comparison went.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Mark {
+    pub of: Of,
+    pub batch: u64,
+    pub frontier: Option<Time>,
+    pub same: bool,
+    /// What differs first, where that can be said.
+    pub difference: Option<String>,
+}
+
+/// What a replay came to.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Replayed {
+    pub lineage: String,
+    pub same: bool,
+    /// What the job and this replay were computed with, where that is not the same: then a difference is no fault.
+    pub builds: Option<[String; 2]>,
+    /// The last batch that is equal, and the first that may differ.
+    pub differs_between: Option<[u64; 2]>,
+    pub marks: Vec<Mark>,
+    /// Versions of the lineage that lie past the checkpoint.
+    pub versions_past: usize,
+    pub seconds: f64,
+}
+
+/// What there is to compare with at one batch.
+#[derive(Default)]
+struct Wanted {
+    checkpoint: Option<u64>,
+    versions: Vec<(Version, Precision, Digest)>,
+}
+
+struct Auditor<'a> {
+    checked: &'a Checked,
+    progress: &'a mut dyn Progress,
+    wanted: BTreeMap<u64, Wanted>,
+    last: u64,
+    digests: Digests,
+    stored: &'a State,
+    marks: Vec<Mark>,
+    /// Of each version that differs, what the replay has.
+    differ: Vec<(usize, Version, Weights)>,
+    failed: Option<codec::Error>,
+}
+
+impl Auditor<'_> {
+    fn audit(&mut self, core: &Core, wanted: &Wanted) -> Result<(), codec::Error> {
+        let image = core.image();
+        let model = image.model.sorted();
+        let (batch, frontier) = (image.place.batches, image.place.frontier.map(|key| key.time));
+        if let Some(number) = wanted.checkpoint {
+            let ours = image::digests(&Ordered::of(&image), &model, self.checked.join.window);
+            let same = ours == self.digests;
+            let difference = (!same).then(|| {
+                first_row(self.stored, &model).unwrap_or_else(|| "the model is the same; what the order decides beside it differs (counts, metrics, seen ids, clicks or positions)".into())
+            });
+            self.marks.push(Mark { of: Of::Checkpoint(number), batch, frontier, same, difference });
+        }
+        if wanted.versions.is_empty() {
+            return Ok(());
+        }
+        let exact = publisher::weights(&self.checked.model, model)?;
+        for (version, precision, digest) in &wanted.versions {
+            let ours = exact.rounded(*precision)?;
+            let same = ours.to_arrays().encode(PAYLOAD_FORMAT)?.digest == *digest;
+            if !same {
+                self.differ.push((self.marks.len(), *version, ours));
+            }
+            self.marks.push(Mark { of: Of::Version(version.0), batch, frontier, same, difference: None });
+        }
+        Ok(())
+    }
+}
+
+impl Progress for Auditor<'_> {
+    fn show(&mut self, line: &Tick) {
+        self.progress.show(line);
+    }
+
+    fn boundary(&mut self, core: &Core) -> bool {
+        let batch = core.place().batches;
+        if let Some(wanted) = self.wanted.remove(&batch)
+            && let Err(error) = self.audit(core, &wanted)
+        {
+            self.failed = Some(error);
+            return false;
+        }
+        batch < self.last
+    }
+}
+
+/// The first row, by table and id, that differs between what a job has stored and what a replay has, and in what.
+fn first_row(stored: &State, ours: &State) -> Option<String> {
+    let say =
+        |table: &str, id: u64, what: String| Some(format!("{table}, row {id:016x}: {what} (stored, then replayed)"));
+    let (a, b) = (&stored.logistic.rows, &ours.logistic.rows);
+    let row = |rows: &crate::model::table::Rows, i: usize| (rows.w[i], rows.n[i], rows.touched[i]);
+    if let Some((id, i, j)) = first_unequal(&a.ids, &b.ids, |i, j| row(a, i) == row(b, j)) {
+        let text = |rows, i: Option<usize>| {
+            i.map_or("is not there".to_owned(), |i| {
+                let (w, n, touched) = row(rows, i);
+                format!("w {w}, n {n}, touched by batch {touched}")
+            })
+        };
+        return say("logistic", id, format!("{}; {}", text(a, i), text(b, j)));
+    }
+    if stored.logistic.intercept != ours.logistic.intercept {
+        return Some(format!("the intercept: {:?}; {:?}", stored.logistic.intercept, ours.logistic.intercept));
+    }
+    let (a, b) = (stored.towers.as_ref()?, ours.towers.as_ref()?);
+    let (dim, width) = (a.rows.w.len() / a.rows.ids.len().max(1), a.rows.n.len() / a.rows.ids.len().max(1));
+    let same = |i: usize, j: usize| {
+        a.rows.w[i * dim..][..dim] == b.rows.w[j * dim..][..dim]
+            && a.rows.n[i * width..][..width] == b.rows.n[j * width..][..width]
+            && a.rows.touched[i] == b.rows.touched[j]
+    };
+    if let Some((id, i, j)) = first_unequal(&a.rows.ids, &b.rows.ids, same) {
+        let text = |rows: &crate::model::embedding::Rows, i: Option<usize>| {
+            i.map_or("is not there".to_owned(), |i| {
+                let row = &rows.w[i * dim..][..dim];
+                format!("{:?}, touched by batch {}", &row[..row.len().min(4)], rows.touched[i])
+            })
+        };
+        return say("embedding", id, format!("{}; {}", text(&a.rows, i), text(&b.rows, j)));
+    }
+    let dense = a.params.iter().zip(&b.params).position(|(a, b)| a != b);
+    dense.map(|i| format!("dense parameter {i}: {}; {} (stored, then replayed)", a.params[i], b.params[i]))
+}
+
+/// The least id that only one has, or whose rows are not the same; where it stands in each.
+fn first_unequal(
+    a: &[u64],
+    b: &[u64],
+    same: impl Fn(usize, usize) -> bool,
+) -> Option<(u64, Option<usize>, Option<usize>)> {
+    let (mut i, mut j) = (0, 0);
+    loop {
+        match (a.get(i), b.get(j)) {
+            (None, None) => return None,
+            (Some(&x), Some(&y)) if x == y => {
+                if !same(i, j) {
+                    return Some((x, Some(i), Some(j)));
+                }
+                (i, j) = (i + 1, j + 1);
+            }
+            (Some(&x), y) if y.is_none_or(|&y| x < y) => return Some((x, Some(i), None)),
+            (_, Some(&y)) => return Some((y, None, Some(j))),
+            (Some(_), None) => unreachable!("taken above"),
+        }
+    }
+}
+
+/// Learns again what the job with these settings has learned up to its newest checkpoint, and compares.
+pub fn replay(
+    config: &Config,
+    warm: Option<WarmStart>,
+    stop: &AtomicBool,
+    progress: &mut dyn Progress,
+) -> Result<Replayed, Error> {
+    let began = Instant::now();
+    let nothing = |why: &str| Error::Nothing(why.to_owned());
+    let settings = config.checkpoint.as_ref().ok_or_else(|| nothing("the configuration has no [checkpoint]"))?;
+    let scratch = tempfile::tempdir().map_err(|source| Error::Io {
+        path: std::env::temp_dir(),
+        action: "make a directory",
+        source,
+    })?;
+    // The job may be running and clean up while we read.
+    Checkpoints::look(&settings.dir).copy_newest(scratch.path())?;
+    let loaded = Checkpoints::look(scratch.path()).newest()?;
+    let loaded = loaded.ok_or_else(|| Error::Nothing(format!("`{}` has no checkpoint", settings.dir.display())))?;
+    let mut config = config.clone();
+    config.checkpoint = None;
+    let published = config.snapshots.take();
+    (config.dead_letters, config.telemetry.listen) = (None, None);
+    if let Some(cluster) = &mut config.kafka {
+        cluster.group = None;
+    }
+    let mut checked = config.check(None)?;
+    let head = train::read_head(&loaded.head, &settings.dir, &checked)?;
+    checked.branch.clone_from(&head.branch);
+    if let (Some(began_as), None) = (head.branch.as_ref().and_then(|branch| branch.began_as.as_ref()), &warm) {
+        return Err(Error::Nothing(format!("its model began as {began_as}: say with --warm-start where that is")));
+    }
+    let frontier = head.place.frontier.ok_or_else(|| nothing("the checkpoint has learned nothing"))?;
+    let seen = loaded.segments.iter().map(|(_, arrays)| image::read_segment(arrays)).collect::<Result<Vec<_>, _>>()?;
+    let (restored, state, words) = image::read(&head, &loaded.arrays, seen)?;
+    let digests = image::digests(&Ordered::of_restored(&restored, &words), &state, checked.join.window);
+
+    let mut wanted = BTreeMap::<u64, Wanted>::new();
+    wanted.entry(head.place.batches).or_default().checkpoint = Some(loaded.number);
+    let runtime = super::runtime();
+    let runtime = runtime.map_err(|source| Error::Io { path: PathBuf::new(), action: "start a runtime", source })?;
+    let store = published.map(|settings| Store::open(&settings.store)).transpose()?;
+    let mut versions_past = 0;
+    if let Some(store) = &store {
+        for version in runtime.block_on(store.versions())?.into_keys() {
+            // Retention may be faster than we are.
+            let Ok(manifest) = runtime.block_on(store.manifest(version, "the list of versions")) else { continue };
+            if manifest.lineage != head.lineage {
+                continue;
+            }
+            let Manifest { facts, delta, objects, precision, .. } = manifest;
+            if facts.batch > head.place.batches {
+                versions_past += 1;
+                continue;
+            }
+            let digest = delta.map_or(objects[0].digest, |delta| delta.result.digest);
+            wanted.entry(facts.batch).or_default().versions.push((version, precision, digest));
+        }
+    }
+
+    let partitions = head.partitions.iter().map(|partition| (partition.stream, partition.name.clone())).collect();
+    checked.merge.until = Some(Time(frontier.time.0 + 1));
+    let options = Options {
+        journal: Some(Journal::Entries { entries: head.journal.clone(), partitions }),
+        warm,
+        ..Options::until(Until::Time(Time(frontier.time.0 + 1)))
+    };
+    let mut auditor = Auditor {
+        checked: &checked,
+        progress,
+        wanted,
+        last: head.place.batches,
+        digests,
+        stored: &state,
+        marks: Vec::new(),
+        differ: Vec::new(),
+        failed: None,
+    };
+    train::run(&checked, &options, stop, &mut auditor)?;
+    let Auditor { mut marks, differ, failed, wanted, .. } = auditor;
+    if let Some(error) = failed {
+        return Err(error.into());
+    }
+    for (at, version, ours) in differ {
+        let theirs = store.as_ref().map(|store| runtime.block_on(store.load(version))).transpose();
+        let theirs = theirs.ok().flatten().map(|snapshot| snapshot.weights);
+        marks[at].difference = theirs.and_then(|theirs| first_weight(&theirs, &ours));
+    }
+    if !stop.load(Ordering::Relaxed) {
+        // The replay cut its batches elsewhere: it never stood where the job stood.
+        for (batch, wanted) in wanted {
+            let versions = wanted.versions.iter().map(|(version, ..)| Of::Version(version.0));
+            for of in wanted.checkpoint.map(Of::Checkpoint).into_iter().chain(versions) {
+                let difference = Some("the replay had no batch of this number: the log ended before it".to_owned());
+                marks.push(Mark { of, batch, frontier: None, same: false, difference });
+            }
+        }
+    }
+    let here = checked.build();
+    let same = marks.iter().all(|mark| mark.same);
+    let first = marks.iter().filter(|mark| !mark.same).map(|mark| mark.batch).min();
+    let equal = marks.iter().filter(|mark| mark.same && first.is_none_or(|first| mark.batch < first));
+    let equal = equal.map(|mark| mark.batch).max().unwrap_or(0);
+    Ok(Replayed {
+        lineage: head.lineage,
+        same,
+        builds: (head.build != here).then(|| [head.build, here]),
+        differs_between: first.map(|first| [equal, first]),
+        marks,
+        versions_past,
+        seconds: began.elapsed().as_secs_f64(),
+    })
+}
+
+/// The first published weight that differs.
+fn first_weight(theirs: &Weights, ours: &Weights) -> Option<String> {
+    let (a, b) = (theirs.weights(), ours.weights());
+    if let Some((id, i, j)) = first_unequal(theirs.ids(), ours.ids(), |i, j| a[i] == b[j]) {
+        let text = |w: &[f32], i: Option<usize>| i.map_or("not there".to_owned(), |i| w[i].to_string());
+        return Some(format!("logistic, row {id:016x}: {} published, {} replayed", text(a, i), text(b, j)));
+    }
+    let (a, b) = (theirs.towers()?, ours.towers()?);
+    if let Some((id, ..)) = first_unequal(a.ids(), b.ids(), |i, j| a.rows().same(i, b.rows(), j)) {
+        return Some(format!("embedding, row {id:016x}"));
+    }
+    let dense = a.params().iter().zip(b.params()).position(|(a, b)| a != b);
+    dense.map(|i| format!("dense parameter {i}: {} published, {} replayed", a.params()[i], b.params()[i]))
+}
+
+/// What a job killed over and over came to.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Restarted {
+    pub same: bool,
+    pub seed: u64,
+    pub kills: u32,
+    /// Times that a run ended before it was killed, and another was begun.
+    pub ended: u32,
+    /// Of the run that was left in peace, and of one that was killed: model digest, order digest.
+    pub undisturbed: [String; 2],
+    pub killed: [String; 2],
+    pub seconds: f64,
+}
+
+/// Runs the job with these settings from the start of the log to `until`, or to the end of the log, once in peace and once
+/// killed `kills` times at moments drawn by `seed`; everything it writes goes to a scratch directory. `executable` is tidemill.
+pub fn restart(
+    config: &Config,
+    executable: &Path,
+    until: Option<Time>,
+    kills: u32,
+    seed: u64,
+    stop: &AtomicBool,
+    said: &mut dyn FnMut(u32),
+) -> Result<Restarted, Error> {
+    let began = Instant::now();
+    let scratch = tempfile::tempdir().map_err(|source| Error::Io {
+        path: std::env::temp_dir(),
+        action: "make a directory",
+        source,
+    })?;
+    let job = |name: &str| -> Result<Command, Error> {
+        let dir = scratch.path().join(name);
+        let mut config = config.clone();
+        let every = config.checkpoint.as_ref().map_or((Duration::from_secs(60), 0), |s| (s.every, s.every_batches));
+        config.checkpoint = Some(config::CheckpointSettings {
+            dir: dir.join("checkpoints"),
+            every: every.0.min(Duration::from_millis(200)),
+            every_batches: every.1,
+        });
+        if let Some(snapshots) = &mut config.snapshots {
+            snapshots.store = dir.join("snapshots").display().to_string();
+        }
+        let path = Some(dir.join("dead-letters.jsonl"));
+        config.dead_letters = config.dead_letters.map(|_| DeadLetterSettings { path, topic: None });
+        config.telemetry.listen = None;
+        if let Some(cluster) = &mut config.kafka {
+            cluster.group = None;
+        }
+        let file = dir.join("job.toml");
+        let fail = |source| Error::Io { path: file.clone(), action: "write", source };
+        fs::create_dir_all(&dir).and_then(|()| fs::write(&file, config.to_toml())).map_err(fail)?;
+        let mut command = Command::new(executable);
+        command.arg("train").arg("-c").arg(&file).arg("--json");
+        match until {
+            Some(until) => command.arg("--until").arg(until.0.to_string()),
+            None => command.arg("--until-end"),
+        };
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Ok(command)
+    };
+    let fail = |source| Error::Io { path: executable.to_owned(), action: "run", source };
+    let digests = |output: &std::process::Output| {
+        let said = || Error::Undisturbed(String::from_utf8_lossy(&output.stderr).into_owned());
+        if !output.status.success() {
+            return Err(said());
+        }
+        let summary: serde_json::Value = serde_json::from_slice(&output.stdout).map_err(|_| said())?;
+        let text = |key: &str| summary[key].as_str().map(str::to_owned).ok_or_else(said);
+        Ok([text("model_digest")?, text("order_digest")?])
+    };
+    let peace = Instant::now();
+    let undisturbed = digests(&job("undisturbed")?.output().map_err(fail)?)?;
+    let length = peace.elapsed().as_millis().max(1) as u64;
+    let (mut done, mut ended, mut name) = (0, 0, 0);
+    let draw = |n: u32| xxh3_64_with_seed(&n.to_le_bytes(), seed);
+    let mut drawn = 0;
+    while done < kills && !stop.load(Ordering::Relaxed) {
+        let mut child =
+            job(&format!("killed-{name}"))?.stdout(Stdio::null()).stderr(Stdio::null()).spawn().map_err(fail)?;
+        drawn += 1;
+        // Somewhere in about a third of the way, so that most runs go on from one that was killed.
+        std::thread::sleep(Duration::from_millis(draw(drawn) % (length / 3 + 2)));
+        if child.try_wait().map_err(fail)?.is_some() {
+            (ended, name) = (ended + 1, name + 1);
+            continue;
+        }
+        child.kill().and_then(|()| child.wait()).map_err(fail)?;
+        done += 1;
+        said(done);
+    }
+    let killed = digests(&job(&format!("killed-{name}"))?.output().map_err(fail)?)?;
+    let same = undisturbed == killed;
+    Ok(Restarted { same, seed, kills: done, ended, undisturbed, killed, seconds: began.elapsed().as_secs_f64() })
+}
