@@ -224,9 +224,15 @@ pub fn publish_failed() {
     counter!("tidemill_snapshot_failures_total").increment(1);
 }
 
-/// A checkpoint was written, in so many seconds.
-pub fn checkpointed(seconds: f64) {
+/// The core has copied what a checkpoint needs, in so many seconds, and goes on.
+pub fn checkpoint_copied(seconds: f64) {
+    gauge!("tidemill_checkpoint_copy_seconds").set(seconds);
+}
+
+/// A checkpoint was written, in so many seconds and bytes.
+pub fn checkpointed(seconds: f64, bytes: u64) {
     counter!("tidemill_checkpoints_total").increment(1);
+    counter!("tidemill_checkpoint_bytes_total").increment(bytes);
     gauge!("tidemill_checkpoint_seconds").set(seconds);
 }
 

@@ -4,16 +4,21 @@ mod common;
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
-use std::process::{Command, Output, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use common::{Job, TIDEMILL, generate};
 use serde_json::{Value, json};
 use tidemill::event::Time;
+use tidemill::snapshot::manifest::Act;
 use tidemill::snapshot::publish::Content;
-use tidemill::snapshot::{Facts, Follower, Golden, ModelInfo, Outcome, Publisher, Settings, Store, Version, Weights};
+use tidemill::snapshot::{
+    Epoch, Facts, Follower, Golden, ModelInfo, Outcome, Publisher, Settings, Store, Version, Weights,
+};
 
 fn variable(name: &str) -> String {
     std::env::var(name).unwrap_or_else(|_| {
@@ -165,6 +170,150 @@ fn tls_needs_the_authority_that_signed_the_certificate() {
         assert!(store.versions().await.unwrap().is_empty());
         store.race(1, 4).await.unwrap();
     });
+}
+
+/// Lines of the streams in files that grow, stretch by stretch.
+struct Growing {
+    dir: PathBuf,
+    files: Vec<(PathBuf, Vec<String>)>,
+    /// How far they have grown, in thousandths.
+    grown: usize,
+}
+
+impl Growing {
+    fn new(from: &Path, dir: PathBuf) -> Self {
+        std::fs::create_dir(&dir).unwrap();
+        let files = std::fs::read_dir(from).unwrap().map(|entry| entry.unwrap().path());
+        let lines = |path: &PathBuf| std::fs::read_to_string(path).unwrap().lines().map(|l| format!("{l}\n")).collect();
+        let files = files.map(|path| (dir.join(path.file_name().unwrap()), lines(&path))).collect();
+        let mut growing = Self { dir, files, grown: 0 };
+        growing.grow();
+        growing
+    }
+
+    /// Lets all files grow by a thousandth, while there is more.
+    fn grow(&mut self) {
+        let to = (self.grown + 1).min(1000);
+        for (path, lines) in &self.files {
+            let part = &lines[lines.len() * self.grown / 1000..lines.len() * to / 1000];
+            let mut file = std::fs::OpenOptions::new().create(true).append(true).open(path).unwrap();
+            file.write_all(part.concat().as_bytes()).unwrap();
+        }
+        self.grown = to;
+    }
+
+    /// Grows until `done` gives something.
+    fn until<T>(&mut self, what: &str, mut done: impl FnMut() -> Option<T>) -> T {
+        let began = Instant::now();
+        loop {
+            if let Some(done) = done() {
+                return done;
+            }
+            assert!(began.elapsed() < Duration::from_secs(60), "{what}: not within a minute, log at {}", self.grown);
+            self.grow();
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Grows until the channel names a version of at least `least`, and gives it.
+    fn until_version(&mut self, store: &Store, least: u64) -> u64 {
+        self.until(&format!("version {least}"), || {
+            let named = block_on(store.latest("live")).unwrap().and_then(|entry| entry.version);
+            named.map(|version| version.0).filter(|version| *version >= least)
+        })
+    }
+}
+
+/// Reads all that a channel names, as it comes, until told to stop. Each must be complete, valid and newer than the one before.
+fn read_all(url: &str, stop: Arc<AtomicBool>) -> JoinHandle<Vec<Version>> {
+    let store = Store::open(url).unwrap();
+    std::thread::spawn(move || {
+        let (mut follower, mut seen) = (Follower::new(store.clone(), "live"), Vec::new());
+        block_on(async {
+            loop {
+                let last = stop.load(Ordering::Acquire);
+                if let Some(version) = follower.poll().await.unwrap() {
+                    let snapshot = store.load(version).await.unwrap();
+                    snapshot.prove(|slots| snapshot.logit(slots)).unwrap();
+                    seen.push(version);
+                }
+                if last {
+                    return seen;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
+    })
+}
+
+fn signal(child: &Child, name: &str) {
+    assert!(Command::new("kill").args([name, &child.id().to_string()]).status().unwrap().success());
+}
+
+#[test]
+fn of_two_processes_the_one_that_was_paused_wakes_up_and_publishes_nothing() {
+    // Where the first one is caught differs each time: learning, uploading, committing, writing a checkpoint.
+    let input = generate(&["-n", "40000"]);
+    for pause in [0, 40, 90, 150] {
+        let url = address("zombie", "");
+        let mut log = Growing::new(&input.path().join("in"), input.path().join(format!("grows-{pause}")));
+        let job = Job::over(&log.dir);
+        job.edit("every = \"30s\"", "every = \"5s\"");
+        let set = format!("snapshots.store={url:?}");
+        let spawn = |dir: &Path| {
+            let dir = format!("checkpoint.dir={:?}", dir.display().to_string());
+            job.command(&["--set", &set, "--set", "snapshots.keep=1000", "--set", &dir]).spawn().unwrap()
+        };
+        let store = Store::create(&url).unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let reader = read_all(&url, Arc::clone(&stop));
+
+        let mut paused = spawn(&job.path("checkpoints"));
+        log.until_version(&store, 2);
+        std::thread::sleep(Duration::from_millis(pause));
+        signal(&paused, "-STOP");
+
+        // Elsewhere, from a copy of its checkpoints: on the same directory the lock of the paused one would refuse it.
+        let copy = job.path("copied");
+        std::fs::create_dir(&copy).unwrap();
+        for file in std::fs::read_dir(job.path("checkpoints")).unwrap().map(|entry| entry.unwrap().path()) {
+            std::fs::copy(&file, copy.join(file.file_name().unwrap())).unwrap();
+        }
+        let taken = block_on(store.latest("live")).unwrap().unwrap();
+        let next = spawn(&copy);
+        let version = log.until_version(&store, taken.version.unwrap().0 + 2);
+        signal(&paused, "-CONT");
+        log.until("the paused one ends", || paused.try_wait().unwrap());
+        let output = paused.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success(), "paused at {pause} ms: {said}");
+        assert!(said.contains("another trainer has taken the channel with epoch 2"), "paused at {pause} ms: {said}");
+
+        // The other one does not mind.
+        log.until_version(&store, version + 1);
+        signal(&next, "-TERM");
+        let output = next.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        stop.store(true, Ordering::Release);
+        let seen = reader.join().unwrap();
+        assert!(seen.is_sorted_by(|a, b| a < b), "the reader saw {seen:?}");
+
+        block_on(async {
+            let newest = store.latest("live").await.unwrap().unwrap();
+            assert_eq!(seen.last().copied(), newest.version);
+            let mut epoch = Epoch(0);
+            for number in 1..=newest.number {
+                let entry = store.entry("live", number).await.unwrap().expect("entries are never deleted");
+                assert!(entry.epoch >= epoch, "entry {number} is of {}, after {epoch}", entry.epoch);
+                if let Some(version) = entry.version.filter(|_| entry.act == Act::Publish) {
+                    let manifest = store.manifest(version, "a test").await.unwrap();
+                    assert_eq!((manifest.epoch, &manifest.writer), (entry.epoch, &entry.writer));
+                }
+                epoch = entry.epoch;
+            }
+            assert_eq!((newest.epoch, epoch), (Epoch(2), Epoch(2)));
+        });
+    }
 }
 
 /// Asks a node until the answer is as wished.

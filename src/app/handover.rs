@@ -186,12 +186,14 @@ pub fn take(own: &Checkpoints, checked: &Checked) -> Result<bool, Error> {
     };
     if refused.is_none() {
         let loaded = Checkpoints::look(&offer.dir).newest()?.expect("it was just there");
-        let segments = loaded.segments.iter().map(|(segment, arrays)| own.write_segment(segment.name.as_str(), arrays));
+        let number = newest.map_or(1, |newest| newest.number + 1);
+        let segments = loaded.segments.iter();
+        let segments = segments.map(|(segment, arrays)| own.write_segment(number, segment.name.as_str(), arrays));
         let segments = segments.collect::<Result<Vec<_>, _>>()?;
         // The sums of the comparison were the candidate's; the job compares nothing.
         let mut arrays = Arrays::new();
         loaded.arrays.iter().filter(|array| array.name != "compare").cloned().for_each(|array| arrays.push(array));
-        own.write(newest.map_or(1, |newest| newest.number + 1), &loaded.head, &arrays, &segments)?;
+        own.write(number, number, &loaded.head, &arrays, &segments)?;
     }
     let taken = refused.is_none();
     say(dir, &offer, refused)?;

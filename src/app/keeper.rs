@@ -1,31 +1,49 @@
 //! The checkpoint thread: sorts, encodes and writes images while the core goes on.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::config::Checked;
 use crate::event::Time;
 use crate::merge::PartitionPosition;
+use crate::snapshot::codec::Arrays;
 use crate::telemetry;
 use crate::train::checkpoint::{self, Checkpoints, SegmentRef};
 use crate::train::core::Image;
-use crate::train::image::{self, Branch, FORMAT, Head};
+use crate::train::image::{self, Branch, FORMAT, Head, ROWS, SEEN};
+
+/// Most files with changed rows behind one with all rows: a resume reads them all.
+const INCREMENTS: usize = 20;
 
 /// Writes checkpoints, one at a time, off the core thread.
 pub struct Keeper {
     jobs: Option<Sender<Job>>,
-    busy: Arc<AtomicBool>,
+    shared: Arc<Shared>,
     durable: Durable,
     thread: Option<JoinHandle<Result<(), checkpoint::Error>>>,
 }
 
 /// Where a restart would read, as the newest checkpoint has it; taken by whoever shows it to others.
 pub type Durable = Arc<Mutex<Option<Vec<PartitionPosition>>>>;
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    idle: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    busy: bool,
+    /// Batch of the newest durable checkpoint of this process.
+    batch: Option<u64>,
+    /// The next checkpoint begins a chain.
+    whole: bool,
+}
 
 struct Job {
     image: Image,
@@ -37,7 +55,6 @@ impl Keeper {
     /// Starts the thread. `next` is the number of the first checkpoint it writes.
     pub fn start(checked: &Checked, store: Checkpoints, next: u64) -> std::io::Result<Self> {
         let (jobs, inbox) = bounded(1);
-        let busy = Arc::new(AtomicBool::new(false));
         let writer = Writer {
             store,
             next,
@@ -47,13 +64,13 @@ impl Keeper {
             schema: serde_json::from_str(&checked.schema.to_json()).expect("the schema writes JSON"),
             binding: checked.binding.clone(),
             build: checked.build(),
-            segments: HashMap::new(),
+            chain: Chain::default(),
             durable: Durable::default(),
         };
-        let durable = Arc::clone(&writer.durable);
-        let flag = Arc::clone(&busy);
-        let thread = thread::Builder::new().name("checkpoint".into()).spawn(move || writer.run(&inbox, &flag))?;
-        Ok(Self { jobs: Some(jobs), busy, durable, thread: Some(thread) })
+        let (durable, shared) = (Arc::clone(&writer.durable), Arc::<Shared>::default());
+        let ours = Arc::clone(&shared);
+        let thread = thread::Builder::new().name("checkpoint".into()).spawn(move || writer.run(&inbox, &ours))?;
+        Ok(Self { jobs: Some(jobs), shared, durable, thread: Some(thread) })
     }
 
     /// The positions of the newest checkpoint, once it is durable.
@@ -62,30 +79,59 @@ impl Keeper {
         Arc::clone(&self.durable)
     }
 
+    /// The batch behind which changes are still needed: that of the newest durable checkpoint. None until there is one.
+    #[must_use]
+    pub fn acknowledged(&self) -> Option<u64> {
+        self.shared.lock().batch
+    }
+
     /// Whether a checkpoint is being written; then the next one waits for another boundary.
     #[must_use]
     pub fn busy(&self) -> bool {
-        self.busy.load(Ordering::Acquire)
+        self.shared.lock().busy
     }
 
     /// Leaves an image to the thread. A failure is logged and counted; older checkpoints stay as they are.
-    pub fn offer(&self, image: Image, predictions: Option<u64>) {
-        self.send(Job { image, predictions, done: None });
+    ///
+    /// `image` is told the batch of the newest durable checkpoint, behind which it may hold only what changed; or nothing,
+    /// and then it must hold all. Another one that is being written is waited for, since of a row that came before that one
+    /// and went behind it, changes since an earlier one say nothing.
+    pub fn offer(&self, image: impl FnOnce(Option<u32>) -> Image, predictions: Option<u64>) {
+        self.send(image, predictions, None);
     }
 
-    /// Writes an image and waits until it is durable.
-    pub fn write(&self, image: Image, predictions: Option<u64>) -> Result<(), checkpoint::Error> {
+    /// The same, and waits until it is durable.
+    pub fn write(
+        &self,
+        image: impl FnOnce(Option<u32>) -> Image,
+        predictions: Option<u64>,
+    ) -> Result<(), checkpoint::Error> {
         let (done, answer) = bounded(1);
-        self.send(Job { image, predictions, done: Some(done) });
+        self.send(image, predictions, Some(done));
         // No answer: the thread panicked, which `finish` reports.
         answer.recv().unwrap_or(Ok(()))
     }
 
-    fn send(&self, job: Job) {
-        self.busy.store(true, Ordering::Release);
+    fn send(
+        &self,
+        image: impl FnOnce(Option<u32>) -> Image,
+        predictions: Option<u64>,
+        done: Option<Sender<Result<(), checkpoint::Error>>>,
+    ) {
+        let mut state = self.shared.lock();
+        while state.busy && self.thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
+            let waited = self.shared.idle.wait_timeout(state, Duration::from_millis(100));
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        state.busy = true;
+        let since = state.batch.filter(|_| !state.whole).and_then(|batch| u32::try_from(batch).ok());
+        drop(state);
+        let started = Instant::now();
+        let image = image(since);
+        telemetry::checkpoint_copied(started.elapsed().as_secs_f64());
         if let Some(jobs) = &self.jobs {
             // A closed channel means that the thread is gone, which `finish` reports.
-            let _ = jobs.send(job);
+            let _ = jobs.send(Job { image, predictions, done });
         }
     }
 
@@ -100,6 +146,12 @@ impl Keeper {
     }
 }
 
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 struct Writer {
     store: Checkpoints,
     next: u64,
@@ -110,26 +162,60 @@ struct Writer {
     binding: BTreeMap<String, String>,
     /// What the model is computed with.
     build: String,
-    /// Segments of seen ids that the last checkpoint holds: by (start, ids), since a closed segment never changes.
-    segments: HashMap<(Time, usize), SegmentRef>,
+    /// Of the newest durable checkpoint of this process.
+    chain: Chain,
     durable: Durable,
 }
 
+/// Files that the next checkpoint may name without writing them again.
+#[derive(Clone, Default)]
+struct Chain {
+    /// Number of its first checkpoint.
+    number: u64,
+    /// One file with all rows, then one for each checkpoint with those that changed.
+    rows: Vec<SegmentRef>,
+    /// Segments of seen ids by (start, ids), since a closed segment never changes.
+    seen: HashMap<(Time, usize), SegmentRef>,
+}
+
+impl Chain {
+    /// Enough for a resume to read, and at most twice the bytes of a checkpoint with all rows.
+    fn is_long(&self) -> bool {
+        let (full, changes) = self.rows.split_first().map_or((0, &[][..]), |(full, changes)| (full.length, changes));
+        changes.len() >= INCREMENTS || changes.iter().map(|file| file.length).sum::<u64>() >= full
+    }
+}
+
 impl Writer {
-    fn run(mut self, inbox: &Receiver<Job>, busy: &AtomicBool) -> Result<(), checkpoint::Error> {
+    fn run(mut self, inbox: &Receiver<Job>, shared: &Shared) -> Result<(), checkpoint::Error> {
         let mut last = Ok(());
         while let Ok(job) = inbox.recv() {
             let started = Instant::now();
-            last = self.write(&job.image, job.predictions);
-            match &last {
-                Ok(()) => telemetry::checkpointed(started.elapsed().as_secs_f64()),
-                Err(error) => {
-                    telemetry::checkpoint_failed();
-                    let error = super::publisher::chain(error);
-                    tracing::error!(error, "a checkpoint could not be written; the one before stays, training goes on");
-                }
+            last = self.write(&job.image, job.predictions).map(|bytes| {
+                let seconds = started.elapsed().as_secs_f64();
+                telemetry::checkpointed(seconds, bytes);
+                tracing::debug!(
+                    number = self.next - 1,
+                    chain = self.chain.number,
+                    bytes,
+                    seconds,
+                    "a checkpoint is written"
+                );
+            });
+            if let Err(error) = &last {
+                telemetry::checkpoint_failed();
+                let error = super::publisher::chain(error);
+                tracing::error!(error, "a checkpoint could not be written; the one before stays, training goes on");
             }
-            busy.store(inbox.is_full(), Ordering::Release);
+            let mut state = shared.lock();
+            state.busy = false;
+            if last.is_ok() {
+                state.batch = Some(job.image.place.batches);
+                // A second chain, as soon as can be, so that damage in one leaves the other.
+                state.whole = self.chain.is_long() || !self.store.has_apart();
+            }
+            drop(state);
+            shared.idle.notify_all();
             if let Some(done) = job.done {
                 let _ = done.send(std::mem::replace(&mut last, Ok(())));
             }
@@ -137,20 +223,32 @@ impl Writer {
         last
     }
 
-    fn write(&mut self, image: &Image, predictions: Option<u64>) -> Result<(), checkpoint::Error> {
-        let mut segments = HashMap::new();
-        let mut list = Vec::new();
+    /// Returns how many bytes it wrote.
+    fn write(&mut self, image: &Image, predictions: Option<u64>) -> Result<u64, checkpoint::Error> {
+        let mut chain = match image.since {
+            Some(_) => self.chain.clone(),
+            None => Chain { number: self.next, ..Chain::default() },
+        };
+        let mut bytes = 0;
+        let mut put = |name: &str, arrays: &Arrays| {
+            let file = self.store.write_segment(chain.number, name, arrays)?;
+            bytes += file.length;
+            Ok::<_, checkpoint::Error>(file)
+        };
+        let (mut segments, mut seen) = (Vec::new(), HashMap::new());
         for segment in &image.seen {
             let key = (segment.start, segment.ids.len());
-            let known = match self.segments.get(&key) {
-                Some(known) => known.clone(),
-                None => self.store.write_segment("seen", &image::segment_arrays(segment))?,
+            let file = match chain.seen.remove(&key) {
+                Some(file) => file,
+                None => put(SEEN, &image::segment_arrays(segment))?,
             };
-            list.push(known.clone());
-            segments.insert(key, known);
+            segments.push(file.clone());
+            seen.insert(key, file);
         }
-        self.segments = segments;
         let model = image.model.sorted();
+        chain.rows.push(put(ROWS, &image::row_arrays(image, &model))?);
+        chain.seen = seen;
+        segments.extend(chain.rows.iter().cloned());
         let head = Head {
             format: FORMAT,
             job: self.job.clone(),
@@ -167,11 +265,229 @@ impl Writer {
             fuse: image.fuse,
             periods: model.logistic.periods.clone(),
             features: model.logistic.counts.clone(),
+            rows: image.model.rows,
             predictions,
         };
-        self.store.write(self.next, &head, &image::arrays(image, &model), &list)?;
+        bytes += self.store.write(self.next, chain.number, &head, &image::arrays(image, &model), &segments)?;
         self.next += 1;
+        self.chain = chain;
         *self.durable.lock().unwrap_or_else(PoisonError::into_inner) = Some(head.partitions);
-        Ok(())
+        Ok(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::fs;
+    use std::path::Path;
+
+    use proptest::prelude::*;
+    use proptest::test_runner::{Config as Cases, TestRunner};
+    use xxhash_rust::xxh3::xxh3_64;
+
+    use super::*;
+    use crate::config::Config;
+    use crate::event::{Example, Slot};
+    use crate::join;
+    use crate::model::{self, Model};
+    use crate::train::checkpoint::Loaded;
+    use crate::train::core::Place;
+
+    /// A job in which ids are admitted by chance and count, expire, and are evicted, in both tables.
+    const CONFIG: &str = r#"
+        [job]
+        seed = 7
+        learn_threads = 1
+        [impressions]
+        source = { paths = ["DIR/impressions-*"] }
+        [clicks]
+        source = { paths = ["DIR/clicks-*"] }
+        [model]
+        kind = "two_tower"
+        [model.logistic.table]
+        admit = 0.8
+        count = { occurrences = 2, bytes = 4096, per = "20s" }
+        expire_after = "16s"
+        capacity = 1024
+        [model.two_tower]
+        dim = 2
+        layers = [4]
+        [model.two_tower.table]
+        admit = 0.8
+        count = { occurrences = 2, bytes = 4096, per = "20s" }
+        expire_after = "16s"
+        capacity = 1024
+        [[features]]
+        name = "user"
+        tower = "user"
+        [[features]]
+        name = "item"
+        tower = "item"
+    "#;
+
+    fn checked(dir: &Path) -> Checked {
+        let path = dir.join("job.toml");
+        fs::write(&path, CONFIG.replace("DIR", &dir.display().to_string())).unwrap();
+        Config::load(&path, &[]).unwrap().check(None).unwrap()
+    }
+
+    /// Users that come three times in one batch and never again, so many in six batches of sixteen that they are
+    /// evicted and so few in the others that they expire; items that come again and again; and one example that no model can learn from.
+    fn learn(model: &mut Model, batch: u32) -> u64 {
+        let hash = |words: [u32; 3]| xxh3_64(&words.map(u32::to_le_bytes).concat()).max(1);
+        let slot = |row, value, feature| Slot { row, value, feature, flags: 0 };
+        let count = if batch % 16 < 6 { 1200 } else { 60 };
+        let slots: Vec<[Slot; 2]> = (0..count)
+            .map(|i| {
+                let item = hash([1, 0, (hash([2, batch, i]) % 50) as u32]);
+                [slot(hash([0, batch, i / 3]), if i == 9 { f32::NAN } else { 1.0 }, 0), slot(item, 1.0, 1)]
+            })
+            .collect();
+        let time = Time(i64::from(batch) * 2000);
+        let example = |(i, slots)| {
+            let id = hash([3, batch, i]);
+            Example { slots, positive: id % 4 == 0, weight: 1.0, sampling_offset: 0.0, time, id }
+        };
+        let examples: Vec<Example<'_>> = (0..).zip(slots.iter().map(|slots| &slots[..])).map(example).collect();
+        let mut outcomes = Vec::new();
+        model.learn(batch, time, &examples, &mut outcomes);
+        outcomes.iter().filter(|outcome| outcome.quarantined).count() as u64
+    }
+
+    /// As `Core::image_after` makes it.
+    fn image(model: &Model, batch: u32, since: Option<u32>) -> Image {
+        let changed = since.and_then(|since| model.image_after(since));
+        let since = since.filter(|_| changed.is_some());
+        let seen = |at: u32| join::Segment {
+            start: Time(i64::from(at)),
+            ids: (1..=u64::from(at)).collect(),
+            infos: vec![join::SeenInfo::from_bits(0); at as usize],
+        };
+        Image {
+            place: Place { batches: u64::from(batch), ..Place::default() },
+            partitions: Vec::new(),
+            journal: Vec::new(),
+            clicks: Vec::new(),
+            seen: (batch.saturating_sub(4)..=batch).map(|at| Arc::new(seen(at))).collect(),
+            counts: join::Counts::default(),
+            delays: join::DelayCurve::default(),
+            fuse: join::fuse::State::default(),
+            progress: Vec::new(),
+            compare: None,
+            model: changed.unwrap_or_else(|| model.image()),
+            since,
+        }
+    }
+
+    fn state(loaded: &Loaded) -> (u32, model::State) {
+        let head: Head = serde_json::from_value(loaded.head.clone()).unwrap();
+        let (_, state, _) = image::read(&head, loaded).unwrap();
+        (head.place.batches as u32, state)
+    }
+
+    #[derive(Clone, Copy, Debug)]
+    enum Step {
+        Learn,
+        /// Offered while the core goes on.
+        Offer,
+        Write,
+        /// Written while the disk is away.
+        Fail,
+    }
+
+    #[test]
+    fn a_full_and_what_changed_since_is_the_state_copied_whole() {
+        let step =
+            prop_oneof![4 => Just(Step::Learn), 2 => Just(Step::Offer), 2 => Just(Step::Write), 1 => Just(Step::Fail)];
+        let steps = prop::collection::vec((step, any::<bool>()), 10..60);
+        let [increments, longest, removed, quarantined, fell_back] = [const { Cell::new(0) }; 5];
+        let [refused, expired, evicted] = [const { Cell::new(0) }; 3];
+        let add = |cell: &Cell<u64>, more: u64| cell.set(cell.get() + more);
+        let run = |(steps, damaged): (Vec<(Step, bool)>, prop::sample::Index)| {
+            let dir = tempfile::tempdir().unwrap();
+            let checked = checked(dir.path());
+            let (at, away) = (dir.path().join("checkpoints"), dir.path().join("away"));
+            let keeper = Keeper::start(&checked, Checkpoints::open(&at).unwrap(), 1).unwrap();
+            let (mut model, mut plain) = (checked.model.start().unwrap(), checked.model.start().unwrap());
+            let (mut batch, mut states) = (1, HashMap::new());
+            learn(&mut model, batch);
+            learn(&mut plain, batch);
+            for (step, marks) in steps {
+                let copy = |since: Option<u32>| {
+                    let image = image(&model, batch, since);
+                    add(&increments, u64::from(image.since.is_some()));
+                    add(&removed, image.model.removed().iter().map(|ids| ids.len() as u64).sum());
+                    image
+                };
+                match step {
+                    Step::Learn => {
+                        batch += 1;
+                        add(&quarantined, learn(&mut model, batch));
+                        learn(&mut plain, batch);
+                        continue;
+                    }
+                    Step::Offer => keeper.offer(copy, None),
+                    Step::Write => keeper.write(copy, None).unwrap(),
+                    Step::Fail => {
+                        // What was offered before is durable.
+                        keeper.write(copy, None).unwrap();
+                        fs::rename(&at, &away).unwrap();
+                        keeper.write(copy, None).unwrap_err();
+                        fs::rename(&away, &at).unwrap();
+                    }
+                }
+                states.insert(batch, model.image().sorted());
+                // As the training loop does, but for marks that are left out as they are once there are many.
+                if let Some(known) = keeper.acknowledged() {
+                    model.forget_changes_to(known as u32);
+                }
+                if marks || states.len() == 1 {
+                    model.mark(batch);
+                }
+            }
+            keeper.finish().unwrap();
+            let counts = plain.image().sorted().logistic.admission.counts;
+            for (cell, count) in [(&refused, counts.refused), (&expired, counts.expired), (&evicted, counts.evicted)] {
+                add(cell, count);
+            }
+            prop_assert_eq!(model.image().sorted().digest(), plain.image().sorted().digest(), "saving shows");
+
+            let store = Checkpoints::open(&at).unwrap();
+            let Some(loaded) = store.newest().unwrap() else { return Ok(()) };
+            let (then, state) = state(&loaded);
+            let length = loaded.segments.iter().filter(|(file, _)| file.name == ROWS).count() as u64;
+            longest.set(longest.get().max(length));
+            prop_assert_eq!(states.keys().max(), Some(&then));
+            prop_assert_eq!(state.digest(), states[&then].digest());
+            prop_assert!(state == states[&then], "restored is not what was copied at batch {}", then);
+            let mut resumed = checked.model.resume(state).unwrap();
+            (then + 1..=batch).for_each(|batch| {
+                learn(&mut resumed, batch);
+            });
+            prop_assert_eq!(resumed.image().sorted().digest(), plain.image().sorted().digest(), "resuming shows");
+
+            let mut names: Vec<_> = fs::read_dir(&at).unwrap().map(|entry| entry.unwrap().path()).collect();
+            names.retain(|path| path.file_name().is_some_and(|name| name != "LOCK"));
+            names.sort();
+            if names.iter().filter(|path| path.extension().is_some_and(|end| end == "json")).count() > 1 {
+                let path = damaged.get(&names);
+                let mut content = fs::read(path).unwrap();
+                let middle = content.len() / 2;
+                content[middle] ^= 1;
+                fs::write(path, content).unwrap();
+                let (then, state) = self::state(&store.newest().unwrap().unwrap());
+                prop_assert!(state == states[&then], "fell back to another state at batch {}", then);
+                add(&fell_back, u64::from(states.keys().max() != Some(&then)));
+            }
+            Ok(())
+        };
+        TestRunner::new(Cases::with_cases(40)).run(&(steps, any::<prop::sample::Index>()), run).unwrap();
+        let counts =
+            [increments, longest, removed, quarantined, fell_back, refused, expired, evicted].map(Cell::into_inner);
+        assert!(
+            counts.iter().all(|count| *count > 3),
+            "increments, longest chain, removed, quarantined, fallbacks, refused, expired, evicted: {counts:?}"
+        );
     }
 }

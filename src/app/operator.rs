@@ -153,7 +153,7 @@ impl Desk {
 
     /// Does what operators have told the job since the last time. `keep` makes a checkpoint of the last boundary with the
     /// journal of now, and says whether that lasts.
-    pub fn obey(&mut self, core: &mut Core, published: &Published, mut keep: impl FnMut(&Core) -> bool) {
+    pub fn obey(&mut self, core: &mut Core, published: &Published, mut keep: impl FnMut(&mut Core) -> bool) {
         let Some(control) = self.control.clone() else { return };
         while let Some((command, reply)) = control.next() {
             let done = match &command {

@@ -107,9 +107,7 @@ fn run_lineage(
                 let found = head.branch.map_or("`tidemill train`".to_owned(), |branch| format!("{branch:?}"));
                 return Err(Error::OtherBranch { dir, found, expected: format!("{expected:?}") });
             }
-            let seen =
-                loaded.segments.iter().map(|(_, arrays)| image::read_segment(arrays)).collect::<Result<Vec<_>, _>>()?;
-            let (restored, state, words) = image::read(&head, &loaded.arrays, seen)?;
+            let (restored, state, words) = image::read(&head, &loaded)?;
             let model = checked.model.resume(state)?;
             let measured = Progressive::import(&checked.config.metrics, &words)?;
             tracing::info!(number = loaded.number, examples = head.place.examples, "resuming from a checkpoint");
@@ -179,7 +177,7 @@ fn run_lineage(
     let durable = keeper.as_ref().map(Keeper::durable).unwrap_or_default();
     if let Some(keeper) = keeper.as_ref().filter(|_| input.starts_anywhere(resumed)) {
         // Where "latest" or a time was is not found again: kept before anything is read.
-        keeper.write(core.image(), None)?;
+        keeper.write(|_| core.image(), None)?;
     }
 
     let mut job = Running {
@@ -189,7 +187,6 @@ fn run_lineage(
         last_checkpoint: Instant::now(),
         batches_at_checkpoint: core.place().batches,
         last_publish: None,
-        marked: Vec::new(),
         // What was handed over is published with the first batch.
         next_mark: handed_over.then_some(Time::MIN),
         frozen: false,
@@ -227,7 +224,7 @@ fn run_lineage(
                 );
                 if core.place().frontier.is_some() {
                     // If it fails, the job still learns and publishes the rest, and ends with this error.
-                    job.kept = job.checkpoint(&core, predictions.as_mut(), &mut dead);
+                    job.kept = job.checkpoint(&mut core, predictions.as_mut(), &mut dead);
                 }
                 job.frozen = true;
             }
@@ -375,9 +372,6 @@ fn drain(core: &mut Core, predictions: Option<&mut Predictions>, dead: &mut Dead
     Ok(())
 }
 
-/// Most segments of the log of changes; while the store is away the last one grows, by the rows that are there at most.
-const MARKS: usize = 8;
-
 /// The parts of a running job that act at batch boundaries.
 struct Running<'a> {
     checked: &'a Checked,
@@ -386,8 +380,6 @@ struct Running<'a> {
     last_checkpoint: Instant,
     batches_at_checkpoint: u64,
     last_publish: Option<Instant>,
-    /// Batches behind which a segment of the model's log of changes begins, since the one that was published last.
-    marked: Vec<u64>,
     /// Event time of the next publication mark.
     next_mark: Option<Time>,
     /// The checkpoint to resume from lies behind: windows are cut from here on.
@@ -423,7 +415,8 @@ impl Running<'_> {
                 self.batches_at_checkpoint = core.place().batches;
                 dead.flush()?;
                 let written = predictions.map(Predictions::flush).transpose()?;
-                keeper.offer(core.image(), written);
+                keeper.offer(|since| core.image_after(since), written);
+                self.mark(core);
             }
         }
         let every = self.checked.config.publish.every.as_millis() as i64;
@@ -451,40 +444,44 @@ impl Running<'_> {
         self.publisher.as_ref().map(Handle::published).unwrap_or_default()
     }
 
-    fn job(&mut self, core: &mut Core) -> Job {
+    fn job(&self, core: &mut Core) -> Job {
         let Some(publisher) = self.publisher.as_ref().filter(|publisher| publisher.deltas()) else {
             return Job::new(core, None);
         };
-        let since = publisher.acknowledged();
-        let job = Job::new(core, since);
-        if let Some(since) = since {
-            core.model.forget_changes_to(since as u32);
-            self.marked.retain(|marked| *marked > since);
-        }
-        if self.marked.len() < MARKS {
-            self.marked.push(core.place().batches);
-            core.model.mark(core.place().batches as u32);
-        }
+        let job = Job::new(core, publisher.acknowledged());
+        self.mark(core);
         job
+    }
+
+    /// Begins a segment of the log of changes behind the last batch, and drops those that neither snapshots nor checkpoints
+    /// need any more: none while one of them is made and has acknowledged nothing.
+    fn mark(&self, core: &mut Core) {
+        let published = self.publisher.as_ref().filter(|publisher| publisher.deltas()).map(Handle::acknowledged);
+        let kept = self.keeper.as_ref().map(Keeper::acknowledged);
+        if let Some(known) = [published, kept].into_iter().flatten().min().flatten() {
+            core.model.forget_changes_to(known as u32);
+        }
+        core.model.mark(core.place().batches as u32);
     }
 
     /// Writes a checkpoint of the last boundary and waits for it.
     fn checkpoint(
-        &mut self,
-        core: &Core,
+        &self,
+        core: &mut Core,
         predictions: Option<&mut Predictions>,
         dead: &mut DeadLetters,
     ) -> Result<(), Error> {
         dead.flush()?;
         let written = predictions.map(Predictions::flush).transpose()?;
         if let Some(keeper) = &self.keeper {
-            keeper.write(core.image(), written)?;
+            keeper.write(|since| core.image_after(since), written)?;
+            self.mark(core);
         }
         Ok(())
     }
 
     /// Makes an operator's word last: writes a checkpoint, unless there is nothing yet to resume from. Whether it lasts.
-    fn lasts(&mut self, core: &Core, predictions: Option<&mut Predictions>, dead: &mut DeadLetters) -> bool {
+    fn lasts(&self, core: &mut Core, predictions: Option<&mut Predictions>, dead: &mut DeadLetters) -> bool {
         if self.keeper.is_none() || self.frozen || core.place().frontier.is_none() {
             return false;
         }

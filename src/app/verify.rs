@@ -243,8 +243,7 @@ pub fn replay(
         return Err(Error::Nothing(format!("its model began as {began_as}: say with --warm-start where that is")));
     }
     let frontier = head.place.frontier.ok_or_else(|| nothing("the checkpoint has learned nothing"))?;
-    let seen = loaded.segments.iter().map(|(_, arrays)| image::read_segment(arrays)).collect::<Result<Vec<_>, _>>()?;
-    let (restored, state, words) = image::read(&head, &loaded.arrays, seen)?;
+    let (restored, state, words) = image::read(&head, &loaded)?;
     let digests = image::digests(&Ordered::of_restored(&restored, &words), &state, checked.join.window);
 
     let mut wanted = BTreeMap::<u64, Wanted>::new();

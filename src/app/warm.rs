@@ -123,10 +123,10 @@ impl WarmStart {
         let loaded = Checkpoints::look(dir).newest();
         let loaded = loaded.map_err(|source| Error::Checkpoint { from: self.clone(), source })?;
         let loaded = loaded.ok_or_else(|| nothing("there is none".into()))?;
-        let head: Head = serde_json::from_value(loaded.head)
+        let head: Head = serde_json::from_value(loaded.head.clone())
             .map_err(|error| nothing(format!("its head cannot be read: {error}")))?;
         let content = |source| Error::Content { from: self.clone(), source };
-        let (_, state, _) = image::read(&head, &loaded.arrays, Vec::new()).map_err(content)?;
+        let (_, state, _) = image::read(&head, &loaded).map_err(content)?;
         let State { logistic, towers } = state;
         let touched = vec![0; logistic.rows.ids.len()];
         let rows = crate::model::table::Rows { touched, z: None, ..logistic.rows };

@@ -13,6 +13,29 @@ pub struct Changes<R> {
     pub removed: Vec<u64>,
 }
 
+/// A table in an image of a model: all of it, or what became of it since a batch.
+pub(super) enum Part<T, R> {
+    Whole(T),
+    Changed(Changes<R>),
+}
+
+impl<T, R: Clone> Part<T, R> {
+    /// The rows that are there, of a whole table by `all`.
+    pub fn rows(&self, all: impl Fn(&T) -> R) -> R {
+        match self {
+            Self::Whole(table) => all(table),
+            Self::Changed(changes) => changes.rows.clone(),
+        }
+    }
+
+    pub fn removed(&self) -> &[u64] {
+        match self {
+            Self::Whole(_) => &[],
+            Self::Changed(changes) => &changes.removed,
+        }
+    }
+}
+
 /// The ids of rows touched or removed, in segments that begin at marked batches. Off, and without memory, until the first
 /// mark. Not state: nothing that is learned depends on it, and a copy of a table begins without.
 #[derive(Debug, Default)]
@@ -38,10 +61,19 @@ impl Clone for Log {
     }
 }
 
+/// Most segments; while nobody says what he has heard, the last one grows.
+const SEGMENTS: usize = 16;
+/// Ids that any log may hold, beside four for each row of its table.
+const ROOM: usize = 1 << 16;
+
 impl Log {
-    /// Begins a segment behind `batch`.
-    pub fn mark(&mut self, batch: u32) {
-        if self.segments.back().is_none_or(|open| open.after < batch) {
+    /// Begins a segment behind `batch`, in the log of a table of so many rows. A log that has grown far beyond its table begins
+    /// anew: to copy all rows then costs less.
+    pub fn mark(&mut self, batch: u32, rows: usize) {
+        if self.segments.iter().map(|segment| segment.ids.len()).sum::<usize>() > 4 * rows + ROOM {
+            self.segments.clear();
+        }
+        if self.segments.len() < SEGMENTS && self.segments.back().is_none_or(|open| open.after < batch) {
             self.segments.push_back(Segment { after: batch, ids: Vec::new(), born: Vec::new() });
             self.from = batch.saturating_add(1);
         }
@@ -126,9 +158,25 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_log_that_nobody_hears_does_not_grow_without_end_and_says_when_it_has_forgotten() {
+        let (mut log, mut ids) = (Log::default(), Vec::new());
+        for batch in 1..=500 {
+            log.mark(batch, 100);
+            assert!(log.since(batch, &mut ids), "it begins here");
+            (1..=1000).for_each(|id| log.birth(id));
+            (1..=1000).for_each(|id| log.remove(id));
+            assert!(log.bytes() < 1 << 21, "{} bytes after batch {batch}", log.bytes());
+        }
+        assert!(!log.since(1, &mut ids));
+        let (mut kept, mut batches) = (Log::default(), 0..);
+        batches.by_ref().take(40).for_each(|batch| kept.mark(batch, 100));
+        assert!(kept.since(0, &mut ids) && kept.segments.len() == SEGMENTS, "marks alone forget nothing");
+    }
+
+    #[test]
     fn a_row_that_came_before_an_unmarked_batch_and_went_behind_it_is_not_taken_for_one_that_never_was() {
         let mut log = Log::default();
-        log.mark(1);
+        log.mark(1, 10);
         log.birth(7); // in batch 2
         log.remove(7); // in batch 4
         let since = |batch| {

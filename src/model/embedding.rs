@@ -508,7 +508,7 @@ impl Embeddings {
 
     /// Begins a segment of the log of changes behind `batch`; the first one turns it on.
     pub fn mark(&mut self, batch: u32) {
-        self.stripes.iter_mut().for_each(|stripe| stripe.log.mark(batch));
+        self.stripes.iter_mut().for_each(|stripe| stripe.log.mark(batch, stripe.heads.len()));
     }
 
     /// Drops what the log of changes holds for one who has not heard of `batch`.

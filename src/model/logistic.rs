@@ -18,7 +18,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::Error;
 use super::admission::{self, Gate};
-use super::changes::Changes;
+use super::changes::{Changes, Part};
 use super::decay::Decay;
 pub use super::decay::DecaySettings;
 use super::table::{At, Row, Rows, Table};
@@ -250,7 +250,7 @@ pub struct Weights {
 
 /// A copy of the model at a batch boundary, for another thread to sort and write.
 pub struct Image {
-    table: Table,
+    table: Part<Table, Rows>,
     intercept: Intercept,
     periods: Vec<(u32, i64)>,
     counts: FeatureCounts,
@@ -262,12 +262,17 @@ impl Image {
     #[must_use]
     pub fn sorted(&self) -> State {
         State {
-            rows: self.table.rows(),
+            rows: self.table.rows(Table::rows),
             intercept: self.intercept,
             periods: self.periods.clone(),
             counts: self.counts.clone(),
             admission: self.admission.clone(),
         }
+    }
+
+    /// Ids that went since the batch behind which it holds what changed; none where it holds all.
+    pub(super) fn removed(&self) -> &[u64] {
+        self.table.removed()
     }
 }
 
@@ -737,8 +742,18 @@ impl Logistic {
     /// A plain copy, at the speed of memory; [`Image::sorted`] makes the state of it, on any thread.
     #[must_use]
     pub fn image(&self) -> Image {
+        self.image_of(Part::Whole(self.table.clone()))
+    }
+
+    /// The same with no rows but those that changed behind `batch`; None where the log of changes does not reach so far.
+    #[must_use]
+    pub fn image_after(&self, batch: u32) -> Option<Image> {
+        Some(self.image_of(Part::Changed(self.table.changes_after(batch)?)))
+    }
+
+    fn image_of(&self, table: Part<Table, Rows>) -> Image {
         Image {
-            table: self.table.clone(),
+            table,
             intercept: self.intercept,
             periods: self.periods.clone(),
             counts: self.counts.clone(),
@@ -754,7 +769,7 @@ impl Logistic {
 
     /// Begins a segment of the log of changes behind `batch`; the first one turns it on.
     pub fn mark(&mut self, batch: u32) {
-        self.table.log.mark(batch);
+        self.table.log.mark(batch, self.table.len());
     }
 
     /// Drops what the log of changes holds for one who has not heard of `batch`.

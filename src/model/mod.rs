@@ -129,7 +129,8 @@ impl Model {
     }
 
     /// Begins a segment of the log of changes behind number `batch`, so to be called at a batch boundary. The first one turns
-    /// the log on; it takes 8 bytes for each row that a segment touches, until it is forgotten, and changes nothing learned.
+    /// the log on; it takes 8 bytes for each row that a segment touches, until it is forgotten or has grown far beyond the
+    /// tables, and changes nothing learned.
     pub fn mark(&mut self, batch: u32) {
         self.logistic.mark(batch);
         self.towers.iter_mut().for_each(|towers| towers.mark(batch));
@@ -174,7 +175,23 @@ impl Model {
     /// A plain copy, at the speed of memory; [`Image::sorted`] makes the state of it, on any thread.
     #[must_use]
     pub fn image(&self) -> Image {
-        Image { logistic: self.logistic.image(), towers: self.towers.as_ref().map(|towers| towers.image()) }
+        let towers = self.towers.as_ref().map(|towers| towers.image());
+        Image { logistic: self.logistic.image(), towers, rows: self.row_counts() }
+    }
+
+    /// The same with no rows but those that changed behind number `batch`, at a cost that follows what was touched. None as in
+    /// [`Model::changes_after`].
+    #[must_use]
+    pub fn image_after(&self, batch: u32) -> Option<Image> {
+        let towers = match &self.towers {
+            Some(towers) => Some(towers.image_after(batch)?),
+            None => None,
+        };
+        Some(Image { logistic: self.logistic.image_after(batch)?, towers, rows: self.row_counts() })
+    }
+
+    fn row_counts(&self) -> [usize; 2] {
+        [self.logistic.len(), self.towers.as_ref().map_or(0, |towers| towers.rows())]
     }
 }
 
@@ -186,10 +203,12 @@ pub struct Changes {
     pub towers: Option<two_tower::Changes>,
 }
 
-/// A copy of a model at a batch boundary.
+/// A copy of a model at a batch boundary: with all rows of its tables, or with those that changed since another boundary.
 pub struct Image {
     logistic: logistic::Image,
     towers: Option<two_tower::Image>,
+    /// Rows of the model's tables, logistic and embedding, whatever is copied of them.
+    pub rows: [usize; 2],
 }
 
 impl Image {
@@ -197,6 +216,12 @@ impl Image {
     #[must_use]
     pub fn sorted(&self) -> State {
         State { logistic: self.logistic.sorted(), towers: self.towers.as_ref().map(two_tower::Image::sorted) }
+    }
+
+    /// Ids that went, of the logistic and of the embedding table, where it holds what changed; none where it holds all rows.
+    #[must_use]
+    pub fn removed(&self) -> [&[u64]; 2] {
+        [self.logistic.removed(), self.towers.as_ref().map_or(&[], two_tower::Image::removed)]
     }
 }
 

@@ -18,7 +18,7 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use super::Error;
 use super::admission::{self, Gate};
-use super::changes;
+use super::changes::{self, Part};
 use super::decay::{Decay, DecaySettings};
 use super::embedding::{Embeddings, Occurrence, Place, RowRule, Rows, Rules, STRIPES, stripe_of, uniform};
 use super::logistic::{Logistic, Outcome, column};
@@ -404,7 +404,7 @@ impl State {
 
 /// A copy of the towers at a batch boundary, for another thread to sort and write.
 pub struct Image {
-    table: Embeddings,
+    table: Part<Embeddings, Rows>,
     params: Vec<f32>,
     dense: DenseState,
     periods: Vec<(u32, i64)>,
@@ -417,13 +417,18 @@ impl Image {
     #[must_use]
     pub fn sorted(&self) -> State {
         State {
-            rows: self.table.rows(),
+            rows: self.table.rows(Embeddings::rows),
             params: self.params.clone(),
             dense: self.dense.clone(),
             periods: self.periods.clone(),
             admission: self.admission.clone(),
             skipped: self.skipped,
         }
+    }
+
+    /// Ids that went since the batch behind which it holds what changed; none where it holds all.
+    pub(super) fn removed(&self) -> &[u64] {
+        self.table.removed()
     }
 }
 
@@ -920,8 +925,18 @@ impl TwoTower {
     /// A plain copy, at the speed of memory; [`Image::sorted`] makes the state of it, on any thread.
     #[must_use]
     pub fn image(&self) -> Image {
+        self.image_of(Part::Whole(self.table.clone()))
+    }
+
+    /// The same with no rows but those that changed behind `batch`; None where the log of changes does not reach so far.
+    #[must_use]
+    pub fn image_after(&self, batch: u32) -> Option<Image> {
+        Some(self.image_of(Part::Changed(self.table.changes_after(batch)?)))
+    }
+
+    fn image_of(&self, table: Part<Embeddings, Rows>) -> Image {
         Image {
-            table: self.table.clone(),
+            table,
             params: self.params.clone(),
             dense: self.dense.clone(),
             periods: self.periods.clone(),

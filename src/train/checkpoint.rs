@@ -3,7 +3,11 @@
 //! A generation is two files: `checkpoint-<number>.safetensors` with the arrays and `checkpoint-<number>.json`, the sealed
 //! head, which is the commit point: it names the payload and the segments (arrays that are written once and shared by
 //! generations) with length and digest. Every file is written under another name, synced, renamed, and its directory
-//! synced. Two generations stay; older files go only after a new generation is on the disk.
+//! synced.
+//!
+//! Generations that share segments form a *chain*, and no two chains share a file. The two newest generations stay, and at
+//! least one of another chain than the newest, so that damage in any one file leaves one to resume from; what is older goes
+//! only after a new generation is on the disk.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
@@ -46,13 +50,13 @@ pub enum Error {
 
 type Result<T> = std::result::Result<T, Error>;
 
-/// An immutable file of arrays that several generations may share.
+/// An immutable file of arrays that generations of one chain may share.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SegmentRef {
     /// What the trainer calls it.
     pub name: String,
-    /// File in the directory, `segment-<digest>.safetensors`.
+    /// File in the directory, `segment-<chain>-<digest>.safetensors`.
     pub file: String,
     /// In bytes.
     pub length: u64,
@@ -75,10 +79,20 @@ pub struct Loaded {
 struct Head<T> {
     format: String,
     number: u64,
+    #[serde(default)]
+    chain: u64,
     length: u64,
     digest: Digest,
     segments: Vec<SegmentRef>,
     head: T,
+}
+
+/// A generation on the disk.
+#[derive(Debug)]
+struct Kept {
+    number: u64,
+    chain: u64,
+    segments: Vec<SegmentRef>,
 }
 
 /// The checkpoints of one trainer. Holds the directory's lock as long as it lives.
@@ -86,8 +100,8 @@ struct Head<T> {
 pub struct Checkpoints {
     dir: PathBuf,
     _lock: Option<File>,
-    /// The newest generation known to be good: read and verified, or written, by us.
-    good: Mutex<Option<(u64, Vec<SegmentRef>)>>,
+    /// Generations known to be good, newest first: read and verified, or written, by us.
+    good: Mutex<Vec<Kept>>,
     #[cfg(test)]
     faults: tests::Faults,
 }
@@ -108,7 +122,7 @@ impl Checkpoints {
         Ok(Self {
             dir,
             _lock: Some(lock),
-            good: Mutex::new(None),
+            good: Mutex::default(),
             #[cfg(test)]
             faults: tests::Faults::default(),
         })
@@ -120,7 +134,7 @@ impl Checkpoints {
         Self {
             dir: dir.into(),
             _lock: None,
-            good: Mutex::new(None),
+            good: Mutex::default(),
             #[cfg(test)]
             faults: tests::Faults::default(),
         }
@@ -169,45 +183,58 @@ impl Checkpoints {
         }
     }
 
-    /// Writes a generation; when this returns it is on the disk, and only it and the good one before are left.
+    /// Writes a generation; when this returns it is on the disk, and what nobody needs any more is gone. Returns the bytes
+    /// written.
     ///
-    /// `number` grows along the order (a batch number); writing one again replaces it. `segments` were all returned by
-    /// [`Checkpoints::write_segment`] or came with [`Loaded`]; any other segment goes. After an error the generations
-    /// before are as they were, and the next call may succeed.
-    pub fn write(&self, number: u64, head: &impl Serialize, arrays: &Arrays, segments: &[SegmentRef]) -> Result<()> {
+    /// `number` grows along the order (a batch number); writing one again replaces it. `chain` is the number with which its
+    /// chain began, its own for the first. `segments` were all returned by [`Checkpoints::write_segment`] for this chain; any
+    /// other segment goes. After an error the generations before are as they were, and the next call may succeed.
+    pub fn write(
+        &self,
+        number: u64,
+        chain: u64,
+        head: &impl Serialize,
+        arrays: &Arrays,
+        segments: &[SegmentRef],
+    ) -> Result<u64> {
         let payload = arrays.encode(PAYLOAD_FORMAT)?;
         let Encoded { length, digest, .. } = payload;
-        let head = Head { format: HEAD_FORMAT.to_owned(), number, length, digest, segments: segments.to_vec(), head };
+        let segments = segments.to_vec();
+        let head = Head { format: HEAD_FORMAT.to_owned(), number, chain, length, digest, segments, head };
         let sealed = Bytes::from(codec::seal(&head)?);
+        let written = length + sealed.len() as u64;
         self.put(&payload_name(number), &payload.pieces)?;
         self.put(&head_name(number), &[sealed])?;
 
         let mut good = self.good.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let before = match good.take() {
-            Some(before) if before.0 != number => Some(before),
+        good.retain(|kept| kept.number != number);
+        if good.is_empty() {
             // Written over, or never looked at: the newest other one whose head can be read.
-            _ => self
-                .numbers()?
-                .into_iter()
-                .rev()
-                .filter(|other| *other != number)
-                .find_map(|other| self.read_head(other).ok().map(|head| (other, head.segments))),
-        };
-        *good = Some((number, segments.to_vec()));
-        let mut keep = vec![(number, segments.to_vec())];
-        keep.extend(before);
+            let others = self.numbers()?.into_iter().rev().filter(|other| *other != number);
+            good.extend(others.filter_map(|other| self.read_head(other).ok()).next().map(Kept::from));
+        }
+        good.insert(0, Kept::from(head));
+        let stay = [number_of(good.get(1)), number_of(good.iter().find(|kept| kept.chain != chain))];
+        good.retain(|kept| kept.number == number || stay.contains(&Some(kept.number)));
         // The new generation is safe: what cannot be deleted now is deleted the next time.
-        if let Err(e) = self.clean(&keep) {
+        if let Err(e) = self.clean(&good) {
             tracing::warn!(dir = %self.dir.display(), error = %e, "old checkpoint files could not be deleted");
         }
-        Ok(())
+        Ok(written)
     }
 
-    /// Writes arrays to a file named by its digest, unless it is there and intact. It stays as long as a generation that
-    /// is kept names it, so pass it to the very next [`Checkpoints::write`].
-    pub fn write_segment(&self, name: impl Into<String>, arrays: &Arrays) -> Result<SegmentRef> {
+    /// Whether a generation stays that shares no file with the newest one.
+    #[must_use]
+    pub fn has_apart(&self) -> bool {
+        let good = self.good.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        good.first().is_some_and(|newest| good.iter().any(|kept| kept.chain != newest.chain))
+    }
+
+    /// Writes arrays to a file of a chain named by its digest, unless it is there and intact. It stays as long as a
+    /// generation that is kept names it, so pass it to the very next [`Checkpoints::write`].
+    pub fn write_segment(&self, chain: u64, name: impl Into<String>, arrays: &Arrays) -> Result<SegmentRef> {
         let encoded = arrays.encode(SEGMENT_FORMAT)?;
-        let file = format!("segment-{}.safetensors", encoded.digest);
+        let file = format!("segment-{chain:012}-{}.safetensors", encoded.digest);
         let segment = SegmentRef { name: name.into(), file, length: encoded.length, digest: encoded.digest };
         let intact =
             fs::read(self.dir.join(&segment.file)).is_ok_and(|b| segment.digest.check(segment.length, &b).is_ok());
@@ -217,15 +244,14 @@ impl Checkpoints {
         Ok(segment)
     }
 
-    /// Reads the newest generation and verifies every byte of it. A damaged one is reported and the one before is taken;
-    /// if there are generations and none is intact that is an error, never a start from nothing. None if there is none.
+    /// Reads the newest generation and verifies every byte of it and of the segments it names. A damaged one is reported and
+    /// the one before is taken; if there are generations and none is intact that is an error, never a start from nothing. None if there is none.
     pub fn newest(&self) -> Result<Option<Loaded>> {
         let mut reasons = Vec::new();
         for number in self.numbers()?.into_iter().rev() {
             match self.load(number) {
-                Ok(loaded) => {
-                    let segments = loaded.segments.iter().map(|(segment, _)| segment.clone()).collect();
-                    *self.good.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some((number, segments));
+                Ok((loaded, kept)) => {
+                    *self.good.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = vec![kept];
                     return Ok(Some(loaded));
                 }
                 Err(e @ Error::Damaged { .. }) => {
@@ -242,15 +268,15 @@ impl Checkpoints {
         Err(Error::NoneUsable { dir: self.dir.clone(), reasons: reasons.join("; ") })
     }
 
-    fn load(&self, number: u64) -> Result<Loaded> {
+    fn load(&self, number: u64) -> Result<(Loaded, Kept)> {
         let head = self.read_head(number)?;
         let arrays = self.read_arrays(&payload_name(number), head.length, head.digest, PAYLOAD_FORMAT)?;
-        let segments = head.segments.into_iter().map(|segment| {
+        let segments = head.segments.iter().map(|segment| {
             let arrays = self.read_arrays(&segment.file, segment.length, segment.digest, SEGMENT_FORMAT)?;
-            Ok((segment, arrays))
+            Ok((segment.clone(), arrays))
         });
         let segments = segments.collect::<Result<_>>()?;
-        Ok(Loaded { number, head: head.head, arrays, segments })
+        Ok((Loaded { number, head: head.head.clone(), arrays, segments }, Kept::from(head)))
     }
 
     fn read_head(&self, number: u64) -> Result<Head<serde_json::Value>> {
@@ -300,9 +326,9 @@ impl Checkpoints {
     }
 
     /// Deletes our files that `keep` does not need; heads first, so that no head is left without its payload.
-    fn clean(&self, keep: &[(u64, Vec<SegmentRef>)]) -> io::Result<()> {
+    fn clean(&self, keep: &[Kept]) -> io::Result<()> {
         let needed = |name: &str| {
-            keep.iter().any(|(number, segments)| {
+            keep.iter().any(|Kept { number, segments, .. }| {
                 name == head_name(*number) || name == payload_name(*number) || segments.iter().any(|s| s.file == name)
             })
         };
@@ -366,6 +392,16 @@ impl Checkpoints {
     }
 }
 
+impl<T> From<Head<T>> for Kept {
+    fn from(Head { number, chain, segments, .. }: Head<T>) -> Self {
+        Self { number, chain, segments }
+    }
+}
+
+fn number_of(kept: Option<&Kept>) -> Option<u64> {
+    kept.map(|kept| kept.number)
+}
+
 fn head_name(number: u64) -> String {
     format!("checkpoint-{number:012}.json")
 }
@@ -423,11 +459,17 @@ mod tests {
         arrays
     }
 
-    /// Writes generation `number` with a segment of its own and one that all share.
+    /// Writes generation `number` with a segment of its own and one that all of its chain share.
+    fn write_in(checkpoints: &Checkpoints, chain: u64, number: u64) -> Result<()> {
+        let own = checkpoints.write_segment(chain, "own", &arrays(1000 + number))?;
+        let shared = checkpoints.write_segment(chain, "shared", &arrays(7))?;
+        let head = serde_json::json!({ "batch": number, "loss": 0.1 });
+        checkpoints.write(number, chain, &head, &arrays(number), &[own, shared]).map(|_| ())
+    }
+
+    /// The same in one chain of all.
     fn write(checkpoints: &Checkpoints, number: u64) -> Result<()> {
-        let own = checkpoints.write_segment("own", &arrays(1000 + number))?;
-        let shared = checkpoints.write_segment("shared", &arrays(7))?;
-        checkpoints.write(number, &serde_json::json!({ "batch": number, "loss": 0.1 }), &arrays(number), &[own, shared])
+        write_in(checkpoints, 1, number)
     }
 
     fn assert_is(loaded: Option<Loaded>, number: u64) {
@@ -565,13 +607,70 @@ mod tests {
     }
 
     #[test]
+    fn whichever_file_is_damaged_one_of_the_generations_that_stay_does_not_lean_on_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::open(dir.path()).unwrap();
+        let chains = [(1, 1..=3), (4, 4..=4), (5, 5..=8), (9, 9..=11)];
+        for (chain, number) in chains.into_iter().flat_map(|(chain, numbers)| numbers.map(move |n| (chain, n))) {
+            write_in(&checkpoints, chain, number).unwrap();
+            assert_is(checkpoints.load(number).ok().map(|(loaded, _)| loaded), number);
+            let kept: Vec<u64> = checkpoints.numbers().unwrap();
+            let expected: &[u64] = match number {
+                1 => &[1],
+                2 => &[1, 2],
+                3 => &[2, 3],
+                4 => &[3, 4],
+                5 => &[4, 5],
+                6 => &[4, 5, 6],
+                7 => &[4, 6, 7],
+                8 => &[4, 7, 8],
+                9 => &[8, 9],
+                10 => &[8, 9, 10],
+                _ => &[8, 10, 11],
+            };
+            assert_eq!(kept, expected);
+            assert_eq!(checkpoints.has_apart(), chain != 1, "nothing else was ever written");
+            if chain == 1 {
+                continue;
+            }
+            for name in files(dir.path()).into_iter().filter(|name| name != LOCK) {
+                let path = dir.path().join(&name);
+                let good = fs::read(&path).unwrap();
+                fs::write(&path, &good[..good.len() / 2]).unwrap();
+                let left = kept.iter().rev().find_map(|number| checkpoints.load(*number).ok());
+                assert!(left.is_some(), "without {name} nothing of {kept:?} can be read");
+                fs::write(&path, good).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn a_job_that_fell_back_goes_on_in_a_chain_of_its_own_and_keeps_what_it_fell_back_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::open(dir.path()).unwrap();
+        write_in(&checkpoints, 1, 1).unwrap();
+        (2..=4).for_each(|number| write_in(&checkpoints, 2, number).unwrap());
+        let shared = checkpoints.write_segment(2, "shared", &arrays(7)).unwrap().file;
+        drop(checkpoints);
+        fs::write(dir.path().join(shared), b"x").unwrap();
+        let checkpoints = Checkpoints::open(dir.path()).unwrap();
+        assert_is(checkpoints.newest().unwrap(), 1);
+        for number in 2..=4 {
+            write_in(&checkpoints, 2, number).unwrap();
+            assert_is(checkpoints.load(number).ok().map(|(loaded, _)| loaded), number);
+            assert!(checkpoints.numbers().unwrap().contains(&1));
+        }
+        assert_is(checkpoints.newest().unwrap(), 4);
+    }
+
+    #[test]
     fn a_segment_that_was_damaged_is_written_again() {
         let dir = tempfile::tempdir().unwrap();
         let checkpoints = Checkpoints::open(dir.path()).unwrap();
-        let segment = checkpoints.write_segment("s", &arrays(1)).unwrap();
+        let segment = checkpoints.write_segment(1, "s", &arrays(1)).unwrap();
         fs::write(dir.path().join(&segment.file), b"x").unwrap();
-        assert_eq!(checkpoints.write_segment("s", &arrays(1)).unwrap(), segment);
-        checkpoints.write(1, &(), &arrays(1), &[segment]).unwrap();
+        assert_eq!(checkpoints.write_segment(1, "s", &arrays(1)).unwrap(), segment);
+        checkpoints.write(1, 1, &(), &arrays(1), &[segment]).unwrap();
         assert_eq!(checkpoints.newest().unwrap().unwrap().segments[0].1, arrays(1));
     }
 
@@ -581,7 +680,7 @@ mod tests {
         let checkpoints = Checkpoints::open(dir.path()).unwrap();
         write(&checkpoints, 1).unwrap();
         write(&checkpoints, 2).unwrap();
-        let own = checkpoints.write_segment("own", &arrays(1002)).unwrap().file;
+        let own = checkpoints.write_segment(1, "own", &arrays(1002)).unwrap().file;
         let names = [head_name(2), payload_name(2), own];
         let strategy = (0usize..3, any::<prop::sample::Index>(), 1u8..);
         let outcome = TestRunner::new(Config::with_cases(256)).run(&strategy, |(which, at, mask)| {

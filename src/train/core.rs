@@ -153,6 +153,8 @@ pub struct Image {
     /// What [`Kept::export`] gave.
     pub compare: Option<Vec<u64>>,
     pub model: model::Image,
+    /// Number of the batch behind which the model's rows are those that changed; None where they are all.
+    pub since: Option<u32>,
 }
 
 /// Merge, join, batches, model and progressive validation, driven by whoever feeds it.
@@ -634,6 +636,20 @@ impl Core {
     /// are left to whoever takes it.
     #[must_use]
     pub fn image(&self) -> Image {
+        self.image_with(self.model.image(), None)
+    }
+
+    /// The same, of the tables only the rows that changed behind number `batch`, or all where the log of changes is not that
+    /// long.
+    #[must_use]
+    pub fn image_after(&self, batch: Option<u32>) -> Image {
+        match batch.and_then(|batch| self.model.image_after(batch)) {
+            Some(changed) => self.image_with(changed, batch),
+            None => self.image(),
+        }
+    }
+
+    fn image_with(&self, model: model::Image, since: Option<u32>) -> Image {
         let Standing { place, partitions, journal, .. } = self.standing();
         let join = self.join.at_boundary();
         let mut clicks = join.clicks;
@@ -649,7 +665,8 @@ impl Core {
             fuse: self.fuse.state(),
             progress: self.progress.export(),
             compare: self.compare.as_ref().map(Kept::export),
-            model: self.model.image(),
+            model,
+            since,
         }
     }
 

@@ -1,11 +1,13 @@
 //! The state at a batch boundary as a checkpoint holds it, and its two digests.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
 
+use super::checkpoint::Loaded;
 use super::core::{Image, Place, Restored};
 use crate::event::Time;
 use crate::join::{self, SeenInfo, Segment};
@@ -17,7 +19,11 @@ use crate::model::{State, admission, embedding, logistic, two_tower};
 use crate::snapshot::codec::{self, Arrays};
 
 /// Version of the checkpoint's content. A reader refuses another one.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
+
+/// Names of segments: stretches of seen ids, and rows of tables.
+pub const SEEN: &str = "seen";
+pub const ROWS: &str = "rows";
 
 /// What sets a lineage apart from others of the same job under the same settings.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +63,8 @@ pub struct Head {
     pub fuse: join::fuse::State,
     pub periods: Vec<(u32, i64)>,
     pub features: FeatureCounts,
+    /// Rows of the logistic and of the embedding table, which the chain of model files must come to.
+    pub rows: [usize; 2],
     /// Bytes of the predictions file that belong to this state; `None` where none is written.
     pub predictions: Option<u64>,
 }
@@ -135,7 +143,8 @@ pub fn digests(image: &Ordered<'_>, model: &State, window: i64) -> Digests {
     Digests { model, order: format!("{:032x}", hash.digest128()) }
 }
 
-/// The arrays of a checkpoint. Seen ids are not among them: each segment is a file of its own, see [`segment_arrays`].
+/// The small arrays of a checkpoint. Neither seen ids nor the rows of tables are among them: those are in files of their own,
+/// see [`segment_arrays`] and [`row_arrays`].
 #[must_use]
 pub fn arrays(image: &Image, model: &State) -> Arrays {
     let mut arrays = Arrays::new();
@@ -143,14 +152,6 @@ pub fn arrays(image: &Image, model: &State) -> Arrays {
         tower_arrays(towers, &mut arrays);
     }
     let model = &model.logistic;
-    let rows = &model.rows;
-    arrays.push_u64("model.ids", &[rows.ids.len()], &rows.ids);
-    arrays.push_f32("model.w", &[rows.w.len()], &rows.w);
-    arrays.push_f32("model.n", &[rows.n.len()], &rows.n);
-    if let Some(z) = &rows.z {
-        arrays.push_f32("model.z", &[z.len()], z);
-    }
-    arrays.push_u32("model.touched", &[rows.touched.len()], &rows.touched);
     arrays.push_f64("model.intercept", &[2], &[model.intercept.w, model.intercept.n]);
     arrays.push_u32("model.intercept_touched", &[1], &[model.intercept.touched]);
     admission_arrays("model", &model.admission, &mut arrays);
@@ -173,13 +174,133 @@ pub fn arrays(image: &Image, model: &State) -> Arrays {
     arrays
 }
 
+/// The rows of an image's tables as a file of its own: all of them, or those that changed behind the batch of the file before
+/// it in its chain, with the ids that went. `model` is the image's model in canonical order.
+#[must_use]
+pub fn row_arrays(image: &Image, model: &State) -> Arrays {
+    let mut arrays = Arrays::new();
+    let rows = &model.logistic.rows;
+    arrays.push_u64("model.ids", &[rows.ids.len()], &rows.ids);
+    arrays.push_f32("model.w", &[rows.w.len()], &rows.w);
+    arrays.push_f32("model.n", &[rows.n.len()], &rows.n);
+    if let Some(z) = &rows.z {
+        arrays.push_f32("model.z", &[z.len()], z);
+    }
+    arrays.push_u32("model.touched", &[rows.touched.len()], &rows.touched);
+    if let Some(towers) = &model.towers {
+        let rows = &towers.rows;
+        arrays.push_u64("towers.ids", &[rows.ids.len()], &rows.ids);
+        arrays.push_f32("towers.w", &[rows.w.len()], &rows.w);
+        arrays.push_f32("towers.n", &[rows.n.len()], &rows.n);
+        arrays.push_u32("towers.touched", &[rows.touched.len()], &rows.touched);
+    }
+    let [logistic, towers] = image.model.removed();
+    arrays.push_u64("model.removed", &[logistic.len()], logistic);
+    arrays.push_u64("towers.removed", &[towers.len()], towers);
+    let span: Vec<u64> = image.since.map(u64::from).into_iter().chain([image.place.batches]).collect();
+    arrays.push_u64("batches", &[span.len()], &span);
+    arrays
+}
+
+/// Refuses files of rows that do not follow one another from one with all rows up to number `batch`.
+fn check_chain(chain: &[&Arrays], batch: u64) -> codec::Result<()> {
+    let mut at = None;
+    for arrays in chain {
+        let span = arrays.u64s("batches")?;
+        at = match (at, &span[..]) {
+            (None, &[to]) => Some(to),
+            (Some(from), &[after, to]) if after == from => Some(to),
+            _ => {
+                let expected = at.map_or("with all rows".to_owned(), |at| format!("of changes behind batch {at}"));
+                return Err(codec::Error::Missing(format!("batches of a file {expected}, found {span:?}")));
+            }
+        };
+    }
+    if at == Some(batch) {
+        return Ok(());
+    }
+    Err(codec::Error::Missing(format!("batches of files of rows that come to batch {batch}, they come to {at:?}")))
+}
+
+/// Columns of rows by id: for the logistic table w, n and perhaps z, for the embedding table w and n.
+struct Columns {
+    ids: Vec<u64>,
+    floats: Vec<Vec<f32>>,
+    touched: Vec<u32>,
+}
+
+impl Columns {
+    fn read(table: &str, arrays: &Arrays) -> codec::Result<Self> {
+        let name = |column: &str| format!("{table}.{column}");
+        let columns = ["w", "n", "z"].map(name).into_iter().filter(|name| arrays.get(name).is_some());
+        let floats = columns.map(|name| arrays.f32s(&name)).collect::<codec::Result<Vec<_>>>()?;
+        let (ids, touched) = (arrays.u64s(&name("ids"))?, arrays.u32s(&name("touched"))?);
+        if touched.len() != ids.len() || floats.iter().any(|column| column.len() % ids.len().max(1) != 0) {
+            return Err(codec::Error::Missing(format!("columns of {table} of one length")));
+        }
+        Ok(Self { ids, floats, touched })
+    }
+}
+
+/// The rows of a table that a chain of files comes to: the first holds all rows, each other one what changed since.
+fn read_rows(table: &str, chain: &[&Arrays], count: usize) -> codec::Result<Columns> {
+    let mut files = chain.iter().map(|arrays| Columns::read(table, arrays)).collect::<codec::Result<Vec<_>>>()?;
+    // What became of each id last: a row of a file, or nothing.
+    let mut last: Vec<(u64, Reverse<usize>, Option<usize>)> = Vec::new();
+    for (at, (file, arrays)) in files.iter().zip(chain).enumerate().skip(1) {
+        last.extend((0..).zip(&file.ids).map(|(row, &id)| (id, Reverse(at), Some(row))));
+        last.extend(arrays.u64s(&format!("{table}.removed"))?.into_iter().map(|id| (id, Reverse(at), None)));
+    }
+    last.sort_unstable();
+    last.dedup_by_key(|(id, ..)| *id);
+    let mut from: Vec<(usize, usize)> = Vec::with_capacity(files.first().map_or(0, |full| full.ids.len()) + last.len());
+    let mut last = last.into_iter().peekable();
+    for (row, &id) in files.first().map_or(&[][..], |full| &full.ids).iter().enumerate() {
+        while let Some((_, Reverse(at), new)) = last.next_if(|(changed, ..)| *changed < id) {
+            from.extend(new.map(|row| (at, row)));
+        }
+        match last.next_if(|(changed, ..)| *changed == id) {
+            Some((_, Reverse(at), new)) => from.extend(new.map(|row| (at, row))),
+            None => from.push((0, row)),
+        }
+    }
+    from.extend(last.filter_map(|(_, Reverse(at), new)| Some((at, new?))));
+    if from.len() != count {
+        let found = from.len();
+        return Err(codec::Error::Missing(format!("{count} rows of {table}: its files come to {found}")));
+    }
+    if files.len() == 1 {
+        return Ok(files.remove(0));
+    }
+    let columns = files.first().map_or(0, |full| full.floats.len());
+    let widths: Vec<usize> = (0..columns)
+        .map(|column| {
+            let mut widths = files.iter().filter(|file| !file.ids.is_empty()).map(|file| {
+                let values = file.floats.get(column)?.len();
+                Some(values / file.ids.len())
+            });
+            let width = widths.next().unwrap_or(Some(0));
+            width.filter(|_| widths.all(|other| other == width))
+        })
+        .collect::<Option<_>>()
+        .ok_or_else(|| codec::Error::Missing(format!("columns of {table} of one width in each file of rows")))?;
+    Ok(Columns {
+        ids: from.iter().map(|&(at, row)| files[at].ids[row]).collect(),
+        floats: (0..)
+            .zip(widths)
+            .map(|(column, width)| {
+                let mut values = Vec::with_capacity(from.len() * width);
+                from.iter().for_each(|&(at, row)| {
+                    values.extend_from_slice(&files[at].floats[column][row * width..][..width]);
+                });
+                values
+            })
+            .collect(),
+        touched: from.iter().map(|&(at, row)| files[at].touched[row]).collect(),
+    })
+}
+
 fn tower_arrays(towers: &two_tower::State, arrays: &mut Arrays) {
-    let rows = &towers.rows;
-    let count = rows.ids.len();
-    arrays.push_u64("towers.ids", &[count], &rows.ids);
-    arrays.push_f32("towers.w", &[rows.w.len()], &rows.w);
-    arrays.push_f32("towers.n", &[rows.n.len()], &rows.n);
-    arrays.push_u32("towers.touched", &[count], &rows.touched);
     arrays.push_f32("towers.params", &[towers.params.len()], &towers.params);
     arrays.push_f32("towers.mean", &[towers.dense.mean.len()], &towers.dense.mean);
     arrays.push_f32("towers.square", &[towers.dense.square.len()], &towers.dense.square);
@@ -233,16 +354,15 @@ fn read_periods(name: &str, arrays: &Arrays) -> codec::Result<Vec<(u32, i64)>> {
     Ok(batches.into_iter().zip(periods).collect())
 }
 
-fn read_towers(arrays: &Arrays) -> codec::Result<Option<two_tower::State>> {
-    if arrays.get("towers.ids").is_none() {
+fn read_towers(arrays: &Arrays, chain: &[&Arrays], count: usize) -> codec::Result<Option<two_tower::State>> {
+    if arrays.get("towers.params").is_none() {
         return Ok(None);
     }
-    let rows = embedding::Rows {
-        ids: arrays.u64s("towers.ids")?,
-        w: arrays.f32s("towers.w")?,
-        n: arrays.f32s("towers.n")?,
-        touched: arrays.u32s("towers.touched")?,
+    let Columns { ids, floats, touched } = read_rows("towers", chain, count)?;
+    let Ok([w, n]) = <[_; 2]>::try_from(floats) else {
+        return Err(codec::Error::Missing("towers.w and towers.n".to_owned()));
     };
+    let rows = embedding::Rows { ids, w, n, touched };
     let [examples, skipped] = arrays.u64s("towers.numbers")?[..] else {
         return Err(codec::Error::Missing("two of towers.numbers".to_owned()));
     };
@@ -264,23 +384,29 @@ pub fn segment_arrays(segment: &Segment) -> Arrays {
 }
 
 /// Reads what [`segment_arrays`] wrote.
-pub fn read_segment(arrays: &Arrays) -> codec::Result<Arc<Segment>> {
+fn read_segment(arrays: &Arrays) -> codec::Result<Arc<Segment>> {
     let start = Time(arrays.i64s("start")?.first().copied().unwrap_or(i64::MIN));
     let ids = arrays.u64s("ids")?;
     let infos = arrays.i64s("infos")?.into_iter().map(SeenInfo::from_bits).collect();
     Ok(Arc::new(Segment { start, ids, infos }))
 }
 
-/// Reads what [`arrays`] wrote: the state to restore, the model's and the metrics' state.
-pub fn read(head: &Head, arrays: &Arrays, seen: Vec<Arc<Segment>>) -> codec::Result<(Restored, State, Vec<u64>)> {
-    let z = arrays.get("model.z").map(|_| arrays.f32s("model.z")).transpose()?;
-    let rows = Rows {
-        ids: arrays.u64s("model.ids")?,
-        w: arrays.f32s("model.w")?,
-        n: arrays.f32s("model.n")?,
-        z,
-        touched: arrays.u32s("model.touched")?,
+/// Reads what [`arrays`], [`segment_arrays`] and, in their order, [`row_arrays`] wrote: the state to restore, the model's and
+/// the metrics' state. `head` is that of `loaded`.
+pub fn read(head: &Head, loaded: &Loaded) -> codec::Result<(Restored, State, Vec<u64>)> {
+    let arrays = &loaded.arrays;
+    let segments = |name: &'static str| {
+        loaded.segments.iter().filter(move |(segment, _)| segment.name == name).map(|(_, arrays)| arrays)
     };
+    let seen = segments(SEEN).map(read_segment).collect::<codec::Result<_>>()?;
+    let chain: Vec<&Arrays> = segments(ROWS).collect();
+    check_chain(&chain, head.place.batches)?;
+    let Columns { ids, floats, touched } = read_rows("model", &chain, head.rows[0])?;
+    let mut floats = floats.into_iter();
+    let (Some(w), Some(n), z) = (floats.next(), floats.next(), floats.next()) else {
+        return Err(codec::Error::Missing("model.w and model.n".to_owned()));
+    };
+    let rows = Rows { ids, w, n, z, touched };
     let intercept = arrays.f64s("model.intercept")?;
     let touched = arrays.u32s("model.intercept_touched")?;
     let wrong = |name: &str| codec::Error::Missing(name.to_owned());
@@ -293,7 +419,7 @@ pub fn read(head: &Head, arrays: &Arrays, seen: Vec<Arc<Segment>>) -> codec::Res
         counts: head.features.clone(),
         admission: read_admission("model", arrays)?,
     };
-    let model = State { logistic, towers: read_towers(arrays)? };
+    let model = State { logistic, towers: read_towers(arrays, &chain, head.rows[1])? };
     let columns = ["time", "id", "content", "partition_row", "offset", "event_time", "flags"];
     let columns = columns.map(|name| arrays.u64s(&format!("clicks.{name}")));
     let [time, id, content, at, offset, event_time, flags] = columns;
