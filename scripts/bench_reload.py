@@ -7,9 +7,9 @@
    every delta: rows touched, bytes beside those of the full in its place, and the time from the append to the version.
 2. A node serves a copy of that store, and the load generator examples/load.rs asks it on a fixed schedule, at a third of what it reached
    without one; latencies count from when a request was due. Minutes in which a version is named every few seconds (one of 21 is a full)
-   and minutes in which none is, in turn, as many of each. Memory is that of the node's process, without files that it has mapped (--cache).
+   and minutes in which none is, in turn, as many of each. Memory is that of the node's process, with --cache less the files that it has mapped.
 
-Fails if a request fails, a version is refused, or the node's memory grows past twice what it was (a full is loaded beside the old one).
+Fails if a request fails, a version is refused, or the node's memory grows past twice what it was (without a cache a full is loaded beside the old one).
 Percentiles are the least of the minutes of a kind: a noisy neighbour only ever takes away. Run with .venv/bin/python.
 """
 
@@ -141,8 +141,9 @@ def measure(arguments, binary, generator, scratch):
     load, minute = Load(generator, arguments.candidates, 4), 60
     memory, watching = {}, threading.Event()
     cache = [f"cache={json.dumps(str(scratch / 'cache'))}"] if arguments.cache else []
+    kind = "RssAnon" if arguments.cache else "VmRSS"
     with Tidemill(binary, served, bodies, scratch / "serve.log", cache) as node:
-        resident = lambda: next(int(l.split()[1]) for l in pathlib.Path(f"/proc/{node.process.pid}/status").read_text().splitlines() if l.startswith("RssAnon")) / 1024
+        resident = lambda: next(int(l.split()[1]) for l in pathlib.Path(f"/proc/{node.process.pid}/status").read_text().splitlines() if l.startswith(kind)) / 1024
         load.run(node, 2)
         full = max(load.run(node, 4)["candidates_per_second"] for _ in range(3))
         third = full / arguments.candidates / 3

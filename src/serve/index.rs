@@ -12,7 +12,8 @@ const REACH: usize = 8;
 pub fn prefetch<T>(line: *const T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch is a hint; it reads nothing and faults on no address. The intrinsic is unsafe only by its
-    // signature. Reason: 100 candidates over 1M rows go from 41 to 28 us with it (`benches/score.rs`, values_to_scores).
+    // signature. Reason: 100 candidates over 1M rows went from 41 to 28 us with it when all rows were in a table as `Index` is
+    // (`benches/score.rs`, values_to_scores), and a sorted column has more lines to wait for.
     unsafe {
         std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line.cast());
     }
@@ -69,9 +70,9 @@ impl Sorted {
     /// Asks the memory for the ids among which `id` is. Returns about where.
     #[inline(always)]
     pub fn prefetch(&self, id: u64) -> usize {
-        let ((start, end), ids) = (self.stretch(id), self.ids.as_ptr());
-        prefetch(ids.wrapping_add(start));
-        prefetch(ids.wrapping_add(end).wrapping_sub(1));
+        let (start, end) = self.stretch(id);
+        prefetch(self.ids.place(start));
+        prefetch(self.ids.place(end.max(1) - 1));
         (start + end) / 2
     }
 

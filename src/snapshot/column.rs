@@ -64,6 +64,30 @@ impl<T: Element> Column<T> {
         matches!(self.held, Held::Shared(..))
     }
 
+    /// Number `at`: as through the slice, but that only this one is looked at.
+    #[inline(always)]
+    #[must_use]
+    pub fn number(&self, at: usize) -> T {
+        match &self.held {
+            Held::Own(numbers) => numbers[at],
+            Held::Shared(bytes, _) => {
+                let start = at * size_of::<T>();
+                bytemuck::pod_read_unaligned(&bytes[start..start + size_of::<T>()])
+            }
+        }
+    }
+
+    /// Where number `at` is in memory, or would be, if there is none: for hints only.
+    #[inline(always)]
+    #[must_use]
+    pub fn place(&self, at: usize) -> *const T {
+        let first = match &self.held {
+            Held::Own(numbers) => numbers.as_ptr(),
+            Held::Shared(bytes, _) => bytes.as_ptr().cast(),
+        };
+        first.wrapping_add(at)
+    }
+
     /// The numbers to change; what is shared is copied first.
     pub fn to_mut(&mut self) -> &mut Vec<T> {
         if self.is_shared() {
@@ -128,6 +152,8 @@ mod tests {
             let aligned = bytes.as_ptr().addr().is_multiple_of(8);
             assert_eq!(column.is_shared(), aligned && cfg!(target_endian = "little"));
             assert_eq!(*column, numbers);
+            assert_eq!((0..3).map(|at| column.number(at)).collect::<Vec<_>>(), numbers);
+            assert_eq!(column.place(2), &raw const column[2]);
             assert!(!column.is_shared() || column.as_ptr().addr() == bytes.as_ptr().addr());
         }
     }

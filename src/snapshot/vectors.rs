@@ -147,9 +147,9 @@ impl Vectors {
     #[must_use]
     pub fn number(&self, at: usize) -> f32 {
         match &self.data {
-            Data::F32(numbers) => numbers[at],
-            Data::F16(numbers) => numbers[at].to_f32(),
-            Data::Int8 { codes, scales } => scales[at / self.dim] * f32::from(codes[at]),
+            Data::F32(numbers) => numbers.number(at),
+            Data::F16(numbers) => numbers.number(at).to_f32(),
+            Data::Int8 { codes, scales } => scales.number(at / self.dim) * f32::from(codes.number(at)),
         }
     }
 
@@ -159,9 +159,9 @@ impl Vectors {
     pub fn place(&self, at: usize) -> *const u8 {
         let at = at * self.dim;
         match &self.data {
-            Data::F32(numbers) => numbers.as_ptr().wrapping_add(at).cast(),
-            Data::F16(numbers) => numbers.as_ptr().wrapping_add(at).cast(),
-            Data::Int8 { codes, .. } => codes.as_ptr().wrapping_add(at).cast(),
+            Data::F32(numbers) => numbers.place(at).cast(),
+            Data::F16(numbers) => numbers.place(at).cast(),
+            Data::Int8 { codes, .. } => codes.place(at).cast(),
         }
     }
 
