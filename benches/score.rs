@@ -1,7 +1,9 @@
 //! Candidates a second of a node: one context and 100 candidates, 10 features and 3 crosses, 1M rows, one core.
 //!
 //! `cargo bench --bench score`; items are candidates. `body` is what a request costs from its JSON to its scores, without
-//! HTTP; `look_ups` only what comes after the values are encoded; the others say what the index is worth.
+//! HTTP; `values` leaves out the JSON; `slots` is what comes after the values are encoded, and says what the index is worth.
+
+use std::path::Path;
 
 use divan::Bencher;
 use divan::counter::ItemsCount;
@@ -10,9 +12,13 @@ use rand_pcg::rand_core::{Rng, SeedableRng};
 use serde_json::json;
 use tidemill::event::{Slot, Time};
 use tidemill::feature::{Encoder, Schema};
+use tidemill::model::tower::Activation;
+use tidemill::model::two_tower::{Layout, Side};
 use tidemill::serve::{Model, Scorer};
 use tidemill::snapshot::manifest::{Build, Kind, MANIFEST_FORMAT};
-use tidemill::snapshot::{Epoch, Facts, Manifest, ModelInfo, Snapshot, Version, Weights};
+use tidemill::snapshot::{
+    self, Epoch, Facts, Manifest, ModelInfo, Publisher, Snapshot, Store, Towers, Vectors, Version, Weights,
+};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -105,6 +111,45 @@ fn snapshot(schema: &Schema) -> Snapshot {
     Snapshot::new(manifest, Weights::new(ids, values, -2.0, default_rows).unwrap())
 }
 
+/// The snapshot with towers of which the user's sees the first five features, and the item's the other four.
+fn with_towers(schema: &Schema) -> Snapshot {
+    let Snapshot { mut manifest, weights, .. } = snapshot(schema);
+    let mut random = Pcg64Mcg::seed_from_u64(3);
+    let layout = Layout {
+        sides: (0..schema.len()).map(|i| (i < 9).then_some(if i < 5 { Side::User } else { Side::Item })).collect(),
+        keys: vec![0; schema.len()],
+        dim: 16,
+        layers: vec![64, 32],
+        activation: Activation::Relu,
+        layer_norm: false,
+        normalize: true,
+    };
+    let mut number = || (random.next_u64() % 2000) as f32 / 10_000.0 - 0.1;
+    let rows = Vectors::exact(16, (0..weights.ids().len() * 16).map(|_| number()).collect());
+    let params = (0..layout.pair().len).map(|_| number()).collect();
+    let towers = Towers::new(layout, weights.ids().to_vec(), rows, params, weights.default_rows()).unwrap();
+    let weights = weights.with_towers(towers);
+    (manifest.rows, manifest.model.kind) = (weights.rows() as u64, weights.kind().to_owned());
+    Snapshot::new(manifest, weights)
+}
+
+/// The snapshot as a node holds it that has a cache.
+fn in_a_cache(snapshot: &Snapshot, dir: &Path) -> Snapshot {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let path = |name: &str| dir.join(name).to_str().unwrap().to_owned();
+        let (store, cache) = (Store::create(&path("store")).unwrap(), Store::create(&path("cache")).unwrap());
+        let plan = snapshot::Settings::default().check().unwrap();
+        let model = snapshot.manifest.model.clone();
+        let mut publisher = Publisher::open(store.clone(), &plan, "bench", model).await.unwrap();
+        publisher.publish(&snapshot.weights.clone().into(), Facts::default(), &[], None).await.unwrap();
+        let chain = store.chain(Version(1), None).await.unwrap();
+        let (snapshot, _) = store.full(&chain, Some(&cache)).await.unwrap();
+        assert!(snapshot.is_mapped());
+        snapshot
+    })
+}
+
 struct Request {
     user: u64,
     items: Vec<u64>,
@@ -159,8 +204,24 @@ fn body_to_scores(bencher: Bencher<'_, '_>) {
 /// The same from values that are no JSON.
 #[divan::bench]
 fn values_to_scores(bencher: Bencher<'_, '_>) {
+    score_values(bencher, &Model::new(snapshot(&schema())).unwrap());
+}
+
+/// With the full mapped from a file of a cache, as a node has it.
+#[divan::bench]
+fn values_to_scores_mapped(bencher: Bencher<'_, '_>) {
+    let dir = tempfile::tempdir().unwrap();
+    score_values(bencher, &Model::new(in_a_cache(&snapshot(&schema()), dir.path())).unwrap());
+}
+
+/// With towers over as many rows, 16 numbers each.
+#[divan::bench]
+fn values_to_scores_two_towers(bencher: Bencher<'_, '_>) {
+    score_values(bencher, &Model::new(with_towers(&schema())).unwrap());
+}
+
+fn score_values(bencher: Bencher<'_, '_>, model: &Model) {
     let schema = schema();
-    let model = Model::new(snapshot(&schema)).unwrap();
     let requests = requests();
     let of = |name: &str| schema.index_of(name).unwrap();
     let (user, country, device, hour, age) = (of("user"), of("country"), of("device"), of("hour"), of("age"));
@@ -170,7 +231,7 @@ fn values_to_scores(bencher: Bencher<'_, '_>) {
         next = (next + 1) % requests.len();
         let request = &requests[next];
         let scores = scorer.score_values::<Box<dyn std::error::Error>>(
-            &model,
+            model,
             |context| {
                 context.u64(user, request.user)?;
                 context.str(country, "c7")?;
@@ -202,7 +263,7 @@ fn examples(schema: &Schema) -> Vec<Vec<Slot>> {
     all
 }
 
-/// Encoded examples of 13 slots through the index of a node.
+/// Encoded examples of 13 slots through the columns of a full under their index, as a node has them.
 #[divan::bench]
 fn slots_by_index(bencher: Bencher<'_, '_>) {
     let schema = schema();
@@ -212,7 +273,7 @@ fn slots_by_index(bencher: Bencher<'_, '_>) {
         .bench_local(|| examples.iter().map(|slots| model.logit(slots)).sum::<f32>());
 }
 
-/// The same through the sorted columns of the snapshot, by interpolation.
+/// The same through the columns alone, by interpolation.
 #[divan::bench]
 fn slots_by_interpolation(bencher: Bencher<'_, '_>) {
     let schema = schema();
@@ -222,7 +283,7 @@ fn slots_by_interpolation(bencher: Bencher<'_, '_>) {
         .bench_local(|| examples.iter().map(|slots| snapshot.logit(slots)).sum::<f32>());
 }
 
-/// What a version costs between its load and its swap: the index is built.
+/// What a full costs between its load and its swap: the index over its ids is made.
 #[divan::bench(sample_count = 10)]
 fn model_of_snapshot(bencher: Bencher<'_, '_>) {
     let snapshot = snapshot(&schema());

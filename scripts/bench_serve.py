@@ -122,9 +122,9 @@ class Server:
 class Tidemill(Server):
     protocol = "http"
 
-    def __init__(self, binary, store, bodies, log):
+    def __init__(self, binary, store, bodies, log, more=()):
         config = ROOT / "configs/serve.toml"
-        settings = [f"store={json.dumps(str(store))}", 'http.listen="127.0.0.1:0"', 'poll="50ms"']
+        settings = [f"store={json.dumps(str(store))}", 'http.listen="127.0.0.1:0"', 'poll="50ms"', *more]
         super().__init__([binary, "serve", "-c", config, *(part for s in settings for part in ("--set", s))], log)
         self.requests = bodies
         says = "listening on http://"

@@ -242,15 +242,21 @@ pub fn checkpoint_failed() {
 }
 
 /// A node serves another version, which it had loaded and proved in so many seconds.
-pub fn swapped(version: u64, published: Time, frontier: Option<Time>, rows: usize, seconds: f64) {
+pub fn swapped(version: u64, published: Time, frontier: Option<Time>, seconds: f64) {
     counter!("tidemill_serve_swaps_total").increment(1);
     gauge!("tidemill_serve_version").set(version as f64);
     gauge!("tidemill_serve_published_timestamp_seconds").set(published.0 as f64 / 1000.0);
     if let Some(frontier) = frontier {
         gauge!("tidemill_serve_frontier_timestamp_seconds").set(frontier.0 as f64 / 1000.0);
     }
-    gauge!("tidemill_serve_rows").set(rows as f64);
     gauge!("tidemill_serve_load_seconds").set(seconds);
+}
+
+/// What the version that a node serves takes: rows, bytes of memory, and bytes of a mapped file.
+pub fn serves(rows: usize, memory: usize, mapped: usize) {
+    gauge!("tidemill_serve_rows").set(rows as f64);
+    gauge!("tidemill_serve_memory_bytes").set(memory as f64);
+    gauge!("tidemill_serve_mapped_bytes").set(mapped as f64);
 }
 
 /// A node refused a version.

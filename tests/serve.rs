@@ -128,7 +128,8 @@ impl Shop {
     fn publish_rows(&mut self, row: impl Fn(usize, f32) -> Option<f32>) -> Version {
         self.published += 1;
         let base = &self.base.weights;
-        let rows = base.ids().iter().zip(base.weights()).enumerate();
+        let weights = base.weights();
+        let rows = base.ids().iter().zip(&*weights).enumerate();
         let rows = rows.filter_map(|(at, (id, w))| Some((*id, row(at, *w)?)));
         let (ids, values) = rows.unzip();
         let weights = Weights::new(ids, values, base.intercept(), base.default_rows().to_vec()).unwrap();
@@ -242,6 +243,16 @@ impl Serving {
         let value =
             text.lines().find_map(|have| have.strip_prefix(line)).unwrap_or_else(|| panic!("no `{line}` in {text}"));
         value.trim().parse().unwrap()
+    }
+
+    /// Memory of the process in MiB: its own, and with the files that it has mapped.
+    fn memory(&self) -> [f64; 2] {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let of = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_else(|| panic!("no {name}"));
+            line.trim().strip_suffix(" kB").unwrap().parse::<f64>().unwrap() / 1024.0
+        };
+        [of("RssAnon:"), of("VmRSS:")]
     }
 
     /// Waits until one request for scores is being answered, and no more.
@@ -364,10 +375,11 @@ const GAP: Duration = Duration::from_millis(5);
 const CONNECTIONS: usize = 4;
 
 #[test]
-fn through_a_minute_of_load_and_reloads_no_request_fails_and_every_answer_is_of_one_version() {
+fn through_a_minute_of_load_and_reloads_no_request_fails_memory_does_not_grow_and_every_answer_is_of_one_version() {
     let mut shop = Shop::new();
     let first = shop.publish();
-    let serving = Serving::start(&shop.path(), &[]);
+    let cache = shop.dir.path().join("cache");
+    let serving = Serving::start(&shop.path(), &[&format!("cache=\"{}\"", cache.display())]);
     serving.serves(first);
     let records = records();
     let requests: Vec<(Value, Vec<Value>)> = (0..20)
@@ -399,7 +411,7 @@ fn through_a_minute_of_load_and_reloads_no_request_fails_and_every_answer_is_of_
             answers.push((which, version, logits(&answer)));
         }
     };
-    let mut published = BTreeSet::from([first.0]);
+    let (mut published, mut memory) = (BTreeSet::from([first.0]), Vec::new());
     let answers: Vec<_> = std::thread::scope(|scope| {
         let senders: Vec<_> = (0..CONNECTIONS).map(|_| scope.spawn(|| send(serving.connect()))).collect();
         for second in 1..=RELOADS {
@@ -408,6 +420,7 @@ fn through_a_minute_of_load_and_reloads_no_request_fails_and_every_answer_is_of_
             let version = if second % 6 == 0 { shop.publish() } else { shop.publish_a_few() };
             serving.serves(version);
             published.insert(version.0);
+            memory.push(serving.memory());
         }
         std::thread::sleep(Duration::from_millis(200)); // some answers by the last one
         end.store((began.elapsed().as_nanos() / GAP.as_nanos()) as u64 + 1, Ordering::SeqCst);
@@ -416,6 +429,15 @@ fn through_a_minute_of_load_and_reloads_no_request_fails_and_every_answer_is_of_
 
     assert_eq!(answers.len() as u64, end.load(Ordering::SeqCst), "every request that was due was sent, and answered");
     assert!(answers.len() as u32 >= RELOADS * 200, "only {} requests", answers.len());
+    let (early, late) = memory.split_at(memory.len() / 2);
+    for (which, of) in ["its own", "with mapped files"].into_iter().enumerate() {
+        let most = |part: &[[f64; 2]]| part.iter().map(|m| m[which]).fold(0.0, f64::max);
+        let (before, after) = (most(early), most(late));
+        println!("memory in MiB, {of}: at most {before:.1}, then {after:.1}");
+        assert!(before > 0.0 && after < 1.2 * before + 4.0, "memory, {of}, went from {before} to {after} MiB");
+    }
+    let kept = std::fs::read_dir(cache.join("objects")).unwrap().count();
+    assert!(kept <= 7, "the cache holds {kept} payloads, of a full and at most five deltas, and of one that comes");
     let answered: BTreeSet<u64> = answers.iter().map(|(_, version, _)| *version).collect();
     assert_eq!(answered, published, "every version answered");
     let store = Store::open(shop.path().to_str().unwrap()).unwrap();
@@ -594,6 +616,7 @@ fn a_node_follows_deltas_and_takes_a_full_where_they_do_not_lead_on_from_what_it
     }
 
     // It was away for the sixth, and starts from its copy of the fifth.
+    until("the copy", || cache.join(snapshot::store::manifest_key(Version(6))).is_file());
     drop(serving);
     shop.publish_a_few();
     let away = shop.dir.path().join("away");
@@ -612,6 +635,131 @@ fn a_node_follows_deltas_and_takes_a_full_where_they_do_not_lead_on_from_what_it
     let (skipped, last) = (shop.publish_a_few(), shop.publish_a_few());
     equals_the_store(&serving, last, 2);
     assert!(skipped < last);
+}
+
+/// A node in this process, with a cache, that asks often.
+fn node_with(shop: &Shop, cache: &Path) -> Node {
+    let store = shop.path().to_str().unwrap().to_owned();
+    let (poll, poll_max) = (Duration::from_millis(10), Duration::from_millis(50));
+    let settings = Settings { store, cache: Some(cache.to_owned()), poll, poll_max, ..Settings::default() };
+    Node::open(&settings).unwrap()
+}
+
+fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !done() {
+        assert!(began.elapsed() < Duration::from_secs(30), "waited for {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn objects(cache: &Path) -> BTreeSet<PathBuf> {
+    std::fs::read_dir(cache.join("objects")).unwrap().map(|entry| entry.unwrap().path()).collect()
+}
+
+/// Key of the payload of a version.
+fn payload(shop: &Shop, version: Version) -> String {
+    let store = Store::open(shop.path().to_str().unwrap()).unwrap();
+    block_on(store.manifest(version, "the test")).unwrap().objects[0].name.clone()
+}
+
+#[test]
+fn a_request_keeps_its_version_though_the_file_it_is_mapped_from_is_gone() {
+    let mut shop = Shop::new();
+    let cache = shop.dir.path().join("cache");
+    let first = shop.publish();
+    let node = node_with(&shop, &cache);
+    let held = node.wait(Duration::from_secs(30)).unwrap();
+    assert_eq!(held.version(), first);
+    assert!(held.mapped_bytes() > 0 && held.mapped_bytes() < held.bytes());
+    let rows = shop.base.weights.ids().to_vec();
+    let slot = |row: u64| tidemill::event::Slot { row, value: 1.0, feature: 0, flags: 0 };
+    let all = |model: &tidemill::serve::Model| rows.iter().map(|row| model.logit(&[slot(*row)])).collect::<Vec<f32>>();
+    let before = all(&held);
+    let file = cache.join(payload(&shop, first));
+    assert!(file.is_file());
+
+    // Deltas lie over the same file; a full takes another.
+    let mut last = shop.publish_a_few();
+    until("a delta", || node.status().version == Some(last));
+    assert!(file.is_file() && node.model().unwrap().mapped_bytes() == held.mapped_bytes());
+    assert_ne!(all(&node.model().unwrap()), before);
+    shop.open(shop.base.manifest.model.clone());
+    last = shop.publish();
+    until("a full", || node.status().version == Some(last) && !file.exists());
+    assert_eq!(objects(&cache), BTreeSet::from([cache.join(payload(&shop, last))]));
+    assert_ne!(all(&node.model().unwrap()), before);
+    assert_eq!((held.version(), all(&held)), (first, before));
+}
+
+#[test]
+fn a_byte_that_flipped_in_the_cache_is_noticed_and_the_payload_fetched_anew() {
+    let mut shop = Shop::new();
+    let cache = shop.dir.path().join("cache");
+    let version = shop.publish();
+    let wait = |node: &Node| node.wait(Duration::from_secs(30)).unwrap().version();
+    drop({
+        let node = node_with(&shop, &cache);
+        assert_eq!(wait(&node), version);
+        until("the copy", || cache.join(snapshot::store::manifest_key(version)).is_file());
+        node
+    });
+    let key = payload(&shop, version);
+    let (whole, length) = (std::fs::read(shop.path().join(&key)).unwrap(), 8);
+    for at in [3, whole.len() / 2, whole.len() - 1] {
+        for cut in [false, true] {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 1;
+            bytes.truncate(if cut { at + length } else { bytes.len() });
+            std::fs::write(cache.join(&key), bytes).unwrap();
+            let node = node_with(&shop, &cache);
+            assert_eq!(wait(&node), version);
+            until("the payload", || std::fs::read(cache.join(&key)).unwrap() == whole);
+            assert!(!node.status().from_cache && node.model().unwrap().mapped_bytes() > 0);
+            assert_eq!(node.status().refusals, 0);
+        }
+    }
+}
+
+#[test]
+fn a_cache_that_is_the_store_is_refused_before_anything_is_deleted_from_it() {
+    let mut shop = Shop::new();
+    let version = shop.publish();
+    let store = shop.path().to_str().unwrap().to_owned();
+    let error = Node::open(&Settings { cache: Some(shop.path()), store, ..Settings::default() }).unwrap_err();
+    assert!(error.to_string().contains("must be another directory than `store`"), "{error}");
+    assert!(shop.path().join(payload(&shop, version)).is_file());
+}
+
+#[test]
+fn what_is_refused_leaves_nothing_in_the_cache() {
+    let mut shop = Shop::new();
+    let cache = shop.dir.path().join("cache");
+    let good = shop.publish();
+    let node = node_with(&shop, &cache);
+    until("a model", || node.status().version == Some(good) && cache.join("manifests").is_dir());
+    for _ in 0..3 {
+        let bad = shop.put(|manifest| manifest.golden[0].logit += 0.5, |_, _| ());
+        until("a refusal", || node.status().refused.is_some_and(|refused| refused.version == bad));
+    }
+    let kept = BTreeSet::from([cache.join(payload(&shop, good))]);
+    until("the cache to be tidy", || objects(&cache) == kept);
+    assert_eq!(node.model().unwrap().version(), good);
+}
+
+#[test]
+fn a_cache_that_takes_nothing_keeps_no_version_from_being_served() {
+    let mut shop = Shop::new();
+    let cache = shop.dir.path().join("cache");
+    std::fs::create_dir_all(&cache).unwrap();
+    std::fs::write(cache.join("objects"), "no directory").unwrap();
+    let version = shop.publish();
+    let node = node_with(&shop, &cache);
+    let model = node.wait(Duration::from_secs(30)).unwrap();
+    assert_eq!((model.version(), model.mapped_bytes()), (version, 0));
+    assert!(model.bytes() > 0);
+    let next = shop.publish();
+    until("the next", || node.status().version == Some(next));
 }
 
 #[test]

@@ -365,6 +365,7 @@ async fn model(State(shared): State<Arc<Shared>>) -> Response {
         "rows": model.rows(),
         "deltas": manifest.delta.as_ref().map_or(0, |link| link.number),
         "bytes": model.bytes(),
+        "mapped_bytes": model.mapped_bytes(),
         "published": manifest.created.to_string(),
         "age_seconds": seconds(now.0 - manifest.created.0),
         "loaded": model.loaded().to_string(),

@@ -72,8 +72,9 @@ pub struct Settings {
     /// Payloads are read at no more than so many bytes a second, so that a fleet that loads at once does not fill the network.
     /// Default 0: no bound.
     pub load_bytes_per_second: u64,
-    /// Directory for a copy of the version being served, so that a node starts while the store is away. One node at a time
-    /// may use it. Default: none.
+    /// Directory for the version being served, on a local disk: a full is mapped from there, and a node starts while the
+    /// store is away. One node at a time may use it, and nothing else may write there. Default: none, then a full is held
+    /// in memory, and two while one loads.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cache: Option<PathBuf>,
     pub http: http::Settings,

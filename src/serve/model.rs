@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::Error;
-use super::index::Layered;
+use super::index::{Layered, Row, Sorted, prefetch};
 use super::towers::{self, Towers};
 use crate::clock;
 use crate::event::{Slot, Time};
@@ -12,10 +12,11 @@ use crate::feature::Schema;
 use crate::model::tower::Pair;
 use crate::snapshot::codec::Digest;
 use crate::snapshot::load::{Sealed, prove};
-use crate::snapshot::{Delta, Manifest, Snapshot, Version};
+use crate::snapshot::{Delta, Manifest, Snapshot, Vectors, Version};
 
-/// How many rows ahead of its use a line is asked for.
-const AHEAD: usize = 24;
+/// How many rows ahead of its use a line is asked for, and what says where that line is.
+pub(super) const AHEAD: usize = 24;
+pub(super) const FURTHER: usize = 2 * AHEAD;
 
 /// A version that passed every check. Immutable: a request that holds it scores with this version from start to end.
 pub struct Model {
@@ -24,6 +25,10 @@ pub struct Model {
     digest: Digest,
     schema: Arc<Schema>,
     rows: Layered<f32>,
+    /// Of the rows of the full, which versions share.
+    weights: Arc<Vectors>,
+    /// The full lies in a mapped file.
+    mapped: bool,
     intercept: f32,
     /// Of each feature and cross: the weight of its default row.
     defaults: Vec<f32>,
@@ -36,7 +41,8 @@ impl Model {
     /// cannot encode for, and weights with which this scorer does not reproduce the golden vectors.
     pub fn new(snapshot: Snapshot) -> Result<Self, Error> {
         let digest = snapshot.digest();
-        let Snapshot { manifest, mut weights, .. } = snapshot;
+        let mapped = snapshot.is_mapped();
+        let Snapshot { manifest, weights, .. } = snapshot;
         let refuse = |reason: String| Error::Unservable { version: manifest.version, reason };
         let schema = Schema::from_json(&manifest.model.schema.to_string())
             .map_err(|e| refuse(format!("its schema cannot be used: {e}")))?;
@@ -48,9 +54,14 @@ impl Model {
         if weights.default_rows() != defaults {
             return Err(refuse("its default rows are not those of its schema".to_owned()));
         }
-        let towers = weights.take_towers().map(Towers::new);
-        let rows = Layered::new(weights.ids(), weights.weights().iter().copied());
-        Self::proved(manifest, digest, Arc::new(schema), rows, weights.intercept(), towers)
+        let too_many = || refuse("it has more than 4294967295 rows".to_owned());
+        let intercept = weights.intercept();
+        let (ids, weights, towers) = weights.into_columns();
+        let towers = towers.map(|towers| Towers::new(towers).ok_or_else(too_many)).transpose()?;
+        let rows = Layered::new(Sorted::new(ids).ok_or_else(too_many)?);
+        let (defaults, loaded) = (Vec::new(), clock::now());
+        let (schema, weights) = (Arc::new(schema), Arc::new(weights));
+        Self { manifest, digest, schema, rows, weights, mapped, intercept, defaults, towers, loaded }.proved()
     }
 
     /// This model after the deltas of a later version, which share its tables. Refuses deltas that were not made for it.
@@ -60,13 +71,16 @@ impl Model {
         if manifest.model.schema_hash != self.manifest.model.schema_hash {
             return Err(refuse("it is a delta, but its schema is another one".to_owned()));
         }
+        if manifest.model.kind != self.manifest.model.kind {
+            return Err(refuse("a delta to it is of a model of another kind".to_owned()));
+        }
         let mut next: Option<(Layered<f32>, Option<Towers>)> = None;
         for delta in deltas {
             let (rows, towers) = match &next {
                 None => (&self.rows, self.towers.as_ref()),
                 Some((rows, towers)) => (rows, towers.as_ref()),
             };
-            let rows = rows.with(delta.ids(), delta.weights().iter().copied(), delta.removed());
+            let rows = rows.with(delta.ids(), delta.weights().iter().copied(), delta.removed(), |weight| weight);
             let rows = rows.ok_or_else(|| refuse("a delta to it removes a row that is not there".to_owned()))?;
             let towers = match (towers, delta.towers()) {
                 (None, None) => None,
@@ -78,29 +92,34 @@ impl Model {
         let (Some((rows, towers)), Some(delta)) = (next, deltas.last()) else {
             return Err(refuse("there is no delta to it".to_owned()));
         };
-        let schema = Arc::clone(&self.schema);
-        Self::proved(manifest.clone(), last.digest, schema, rows, delta.intercept(), towers)
+        let next = Self {
+            manifest: manifest.clone(),
+            digest: last.digest,
+            schema: Arc::clone(&self.schema),
+            rows,
+            weights: Arc::clone(&self.weights),
+            mapped: self.mapped,
+            intercept: delta.intercept(),
+            defaults: Vec::new(),
+            towers,
+            loaded: clock::now(),
+        };
+        next.proved()
     }
 
-    fn proved(
-        manifest: Manifest,
-        digest: Digest,
-        schema: Arc<Schema>,
-        rows: Layered<f32>,
-        intercept: f32,
-        towers: Option<Towers>,
-    ) -> Result<Self, Error> {
-        let defaults = (0..schema.len()).map(|i| rows.get(schema.default_row(i)).unwrap_or(0.0)).collect();
-        let (golden, features) = (Manifest { golden: Vec::new(), ..manifest.clone() }, schema.len());
-        let mut model =
-            Self { manifest: golden, digest, schema, rows, intercept, defaults, towers, loaded: clock::now() };
-        if model.rows() as u64 != manifest.rows {
-            let reason = format!("its manifest says {} rows, there are {}", manifest.rows, model.rows());
-            return Err(Error::Unservable { version: manifest.version, reason });
+    /// Looks up the default rows, and checks the number of rows and the golden vectors, which it lets go.
+    fn proved(mut self) -> Result<Self, Error> {
+        let features = self.schema.len();
+        let default = |i| self.weight(self.schema.default_row(i)).unwrap_or(0.0);
+        self.defaults = (0..features).map(default).collect();
+        if self.rows() as u64 != self.manifest.rows {
+            let reason = format!("its manifest says {} rows, there are {}", self.manifest.rows, self.rows());
+            return Err(Error::Unservable { version: self.manifest.version, reason });
         }
-        prove(&manifest, features, |slots| model.logit(slots))?;
-        model.loaded = clock::now();
-        Ok(model)
+        prove(&self.manifest, features, |slots| self.logit(slots))?;
+        self.manifest.golden = Vec::new();
+        self.loaded = clock::now();
+        Ok(self)
     }
 
     /// What a delta must name to be one for this model.
@@ -143,15 +162,28 @@ impl Model {
         self.rows.len() + self.towers.as_ref().map_or(0, Towers::rows)
     }
 
-    /// Memory of the weights, in bytes.
+    /// What the weights take, in bytes, of memory or of a mapped file; what a version shares with others counts whole.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.rows.bytes() + self.towers.as_ref().map_or(0, Towers::bytes)
+        let over = self.rows.base().table_bytes() + self.rows.over_bytes();
+        self.base_bytes() + over + self.towers.as_ref().map_or(0, Towers::over_bytes)
+    }
+
+    /// What of [`Model::bytes`] lies in a mapped file, which is memory that the system can take back.
+    #[must_use]
+    pub fn mapped_bytes(&self) -> usize {
+        if self.mapped { self.base_bytes() } else { 0 }
+    }
+
+    fn base_bytes(&self) -> usize {
+        let own = self.rows.base().column_bytes() + self.weights.bytes();
+        own + self.towers.as_ref().map_or(0, Towers::base_bytes)
     }
 
     /// Logit of an encoded example, bit for bit that of [`Weights::logit`](crate::snapshot::Weights::logit).
     #[must_use]
     pub fn logit(&self, slots: &[Slot]) -> f32 {
+        slots.iter().for_each(|slot| self.prefetch(slot));
         let logit = slots.iter().fold(0.0, |sum, slot| sum + self.term(slot)) + self.intercept;
         self.towers.as_ref().map_or(logit, |towers| logit + towers.product(slots))
     }
@@ -163,7 +195,8 @@ impl Model {
         let first = out.len();
         let (ground, starts) = (overlay.ground(), overlay.starts());
         let changed = overlay.slots();
-        ground.iter().chain(changed.iter().take(AHEAD)).for_each(|slot| self.rows.prefetch(slot.row));
+        ground.iter().chain(changed.iter().take(FURTHER)).for_each(|slot| self.rows.prefetch_stretch(slot.row));
+        ground.iter().chain(changed.iter().take(AHEAD)).for_each(|slot| self.prefetch(slot));
         terms.clear();
         terms.extend(ground.iter().map(|slot| self.term(slot)));
         // The sum of all context slots in front of each feature.
@@ -175,7 +208,7 @@ impl Model {
             sums.push(sum);
         }
         let features = starts.len() - 1;
-        let mut ahead = changed.iter().skip(AHEAD);
+        let (mut ahead, mut further) = (changed.iter().skip(AHEAD), changed.iter().skip(FURTHER));
         for slots in overlay.candidates() {
             let mut next = slots.first().map_or(features, |slot| usize::from(slot.feature));
             let mut sum = sums[next];
@@ -185,8 +218,11 @@ impl Model {
                     sum = terms[starts[next]..starts[feature]].iter().fold(sum, |sum, term| sum + term);
                     next = feature + 1;
                 }
+                if let Some(slot) = further.next() {
+                    self.rows.prefetch_stretch(slot.row);
+                }
                 if let Some(slot) = ahead.next() {
-                    self.rows.prefetch(slot.row);
+                    self.prefetch(slot);
                 }
                 sum += self.term(slot);
             }
@@ -199,8 +235,22 @@ impl Model {
     }
 
     #[inline(always)]
+    fn prefetch(&self, slot: &Slot) {
+        prefetch(self.weights.place(self.rows.prefetch(slot.row)));
+    }
+
+    /// Of a row that has one of its own.
+    #[inline(always)]
+    fn weight(&self, row: u64) -> Option<f32> {
+        self.rows.find(row).map(|found| match found {
+            Row::Base(at) => self.weights.number(at),
+            Row::Over(weight) => weight,
+        })
+    }
+
+    #[inline(always)]
     fn term(&self, slot: &Slot) -> f32 {
-        let weight = match self.rows.get(slot.row) {
+        let weight = match self.weight(slot.row) {
             Some(weight) => weight,
             None => self.defaults.get(usize::from(slot.feature)).copied().unwrap_or(0.0),
         };

@@ -14,7 +14,7 @@ use super::model::Model;
 use super::{Error, Settings};
 use crate::clock;
 use crate::event::Time;
-use crate::snapshot::load::Objects;
+use crate::snapshot::load::{Chain, Objects};
 use crate::snapshot::{self, Follower, Remedy, Store, Version};
 use crate::telemetry::{self, Stage};
 
@@ -107,8 +107,13 @@ impl Node {
         let cache = match &settings.cache {
             None => None,
             Some(path) => {
-                let store = Store::create(&path.to_string_lossy())?;
-                Some(store)
+                let cache = Store::create(&path.to_string_lossy())?;
+                // Of a cache all is deleted that the version being served does not need.
+                if Store::open(&settings.store).is_ok_and(|store| store.is_same_directory(&cache)) {
+                    let (value, expected) = (path.display().to_string(), "must be another directory than `store`");
+                    return Err(Error::Setting { key: "cache", value, expected });
+                }
+                Some(cache)
             }
         };
         let start = |source| Error::Start { what: "the thread that loads versions", source };
@@ -186,7 +191,7 @@ struct Worker {
     cache: Option<Store>,
     /// None until the store has been opened.
     follower: Option<(Store, Follower)>,
-    /// Keys of all objects that the version being served is made of.
+    /// Keys of all objects that the version being served is made of; before there is one, of all that the cache holds.
     keys: Vec<String>,
     /// Named by the channel, neither loaded nor refused yet.
     wanted: Option<Version>,
@@ -225,7 +230,8 @@ impl Worker {
         let Some((store, _)) = &self.follower else { return Ok(()) };
         let began = Instant::now();
         let held = self.shared.model.load_full();
-        let loaded = match timeout(self.settings.load_timeout, load(store, version, held.as_deref())).await {
+        let loading = load(store, version, held.as_deref(), self.cache.as_ref());
+        let loaded = match timeout(self.settings.load_timeout, loading).await {
             Err(_) => return Err(format!("version {version} did not come within {:?}", self.settings.load_timeout)),
             Ok(loaded) => loaded,
         };
@@ -239,21 +245,31 @@ impl Worker {
         };
         self.wanted = None;
         match loaded {
-            Err(reason) => self.refuse(version, reason),
-            Ok(Loaded { model, objects, on_held }) => {
-                if !on_held {
+            Err(reason) => {
+                self.refuse(version, reason);
+                // Its payload may have been copied there.
+                self.tidy(&Objects::new()).await;
+            }
+            Ok(Loaded { model, chain, objects }) => {
+                // Deltas come after what was held, of which they share the tables.
+                if !chain.from_held {
                     self.keys.clear();
                 }
-                self.keys.extend(objects.iter().map(|(key, _)| key.clone()));
+                self.keys.extend(chain.keys());
                 self.swap(model, false, began);
-                if let Some(cache) = &self.cache
-                    && let Err(error) = cache.keep_only(&objects, &self.keys).await
-                {
-                    tracing::warn!(error = %chain(&error), "the version could not be copied to the cache; it is served all the same");
-                }
+                self.tidy(&objects).await;
             }
         }
         Ok(())
+    }
+
+    /// Makes the cache hold what the version being served is made of, and these objects of it, which it may not have yet.
+    async fn tidy(&self, objects: &Objects) {
+        if let Some(cache) = &self.cache
+            && let Err(error) = cache.keep_only(objects, &self.keys).await
+        {
+            tracing::warn!(error = %chain(&error), "the cache could not be brought up to date; it is served all the same");
+        }
     }
 
     /// Finds out what the channel names.
@@ -312,6 +328,7 @@ impl Worker {
     async fn load_cached(&mut self) {
         let Some(cache) = &self.cache else { return };
         let began = Instant::now();
+        self.keys = cache.keys().await.unwrap_or_default();
         let versions = match cache.versions().await {
             Ok(versions) => versions,
             Err(error) => {
@@ -323,9 +340,9 @@ impl Worker {
         let mut versions: Vec<_> = versions.into_iter().map(|(version, written)| (written, version)).collect();
         versions.sort_unstable();
         for (_, version) in versions.into_iter().rev() {
-            match load(cache, version, None).await {
-                Ok(Loaded { model, objects, .. }) => {
-                    self.keys = objects.into_iter().map(|(key, _)| key).collect();
+            match load(cache, version, None, Some(cache)).await {
+                Ok(Loaded { model, chain, .. }) => {
+                    self.keys = chain.keys().collect();
                     return self.swap(model, true, began);
                 }
                 Err(error) => {
@@ -340,6 +357,8 @@ impl Worker {
         let (published, frontier, rows) = (manifest.created, manifest.facts.frontier_time, model.rows());
         let seconds = began.elapsed().as_secs_f64();
         let loaded = model.loaded();
+        let mapped = model.mapped_bytes();
+        telemetry::serves(rows, model.bytes() - mapped, mapped);
         let mut status = self.shared.status();
         self.retired.extend(self.shared.model.swap(Some(Arc::new(model))));
         status.version = Some(version);
@@ -350,7 +369,7 @@ impl Worker {
         status.swaps += 1;
         drop(status);
         self.shared.swapped.notify_all();
-        telemetry::swapped(version.0, published, frontier, rows, seconds);
+        telemetry::swapped(version.0, published, frontier, seconds);
         if let Some(frontier) = frontier {
             telemetry::reached(Stage::Served, frontier, clock::now());
         }
@@ -394,28 +413,32 @@ impl Worker {
 /// A version that was proved.
 struct Loaded {
     model: Model,
-    /// What was read for it.
+    chain: Chain,
+    /// What was read for it and is not in the cache yet.
     objects: Objects,
-    /// It shares the tables of the one that was held, so its objects come after those of that one.
-    on_held: bool,
 }
 
-/// Loads a version: by its deltas if they lead on from the model that is held, else from its full on.
-async fn load(store: &Store, version: Version, held: Option<&Model>) -> Result<Loaded, Error> {
-    if let Some(held) = held {
-        let chain = store.chain(version, Some(held.held())).await?;
-        if chain.from_held {
-            let (deltas, objects) = store.deltas(&chain, held.layers()).await?;
-            match held.with(&deltas, chain.last()) {
-                Ok(model) => return Ok(Loaded { model, objects, on_held: true }),
-                Err(error) => {
-                    tracing::warn!(error = %self::chain(&error), "its deltas do not fit what serves; loading all of it");
-                }
+/// Loads a version: by its deltas if they lead on from the model that is held, else from its full on, which lies in the cache.
+async fn load(store: &Store, version: Version, held: Option<&Model>, cache: Option<&Store>) -> Result<Loaded, Error> {
+    let mut chain = store.chain(version, held.map(Model::held)).await?;
+    if let Some(held) = held.filter(|_| chain.from_held) {
+        let (deltas, objects) = store.deltas(&chain, held.layers()).await?;
+        match held.with(&deltas, chain.last()) {
+            Ok(model) => return Ok(Loaded { model, chain, objects }),
+            Err(error) => {
+                tracing::warn!(error = %self::chain(&error), "its deltas do not fit what serves; loading all of it");
             }
         }
+        chain = store.chain(version, None).await?;
     }
-    let (snapshot, objects) = store.load_raw(version).await?;
-    Ok(Loaded { model: Model::new(snapshot)?, objects, on_held: false })
+    let (full, mut objects) = store.full(&chain, cache).await?;
+    let mut model = Model::new(full)?;
+    let (deltas, more) = store.deltas(&chain, model.layers()).await?;
+    objects.extend(more);
+    if !deltas.is_empty() {
+        model = model.with(&deltas, chain.last())?;
+    }
+    Ok(Loaded { model, chain, objects })
 }
 
 /// An error and its causes on one line.

@@ -12,6 +12,8 @@ use half::f16;
 use safetensors::tensor::{Metadata, SafeTensors, TensorInfo};
 use xxhash_rust::xxh3::Xxh3;
 
+use super::column::{Column, Element};
+
 /// The only metadata key of a file, since the safetensors crate writes its metadata map in random order.
 pub const METADATA_KEY: &str = "tidemill";
 
@@ -54,9 +56,9 @@ impl Digest {
     }
 
     fn of_pieces(pieces: &[Bytes]) -> Self {
-        let mut hash = Xxh3::new();
-        pieces.iter().for_each(|piece| hash.update(piece));
-        Self(hash.digest128())
+        let mut digest = Digesting::default();
+        pieces.iter().for_each(|piece| digest.update(piece));
+        digest.digest()
     }
 
     /// Reads 32 lower-case hex digits, and nothing else.
@@ -74,6 +76,27 @@ impl Digest {
         }
         let found = Self::of(bytes);
         if found == self { Ok(()) } else { Err(Error::Digest { expected: self, found }) }
+    }
+}
+
+/// The digest of bytes that come in pieces.
+#[derive(Clone, Default)]
+pub(super) struct Digesting(Xxh3);
+
+impl Digesting {
+    pub fn update(&mut self, piece: &[u8]) {
+        self.0.update(piece);
+    }
+
+    /// Of all pieces so far.
+    pub fn digest(&self) -> Digest {
+        Digest(self.0.digest128())
+    }
+}
+
+impl fmt::Debug for Digesting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.digest(), f)
     }
 }
 
@@ -267,6 +290,11 @@ impl Arrays {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.list.is_empty()
+    }
+
+    /// The elements of an array, row major, which share its data where they can.
+    pub fn column<T: Element>(&self, name: &str) -> Result<Column<T>> {
+        Ok(Column::of(self.typed(name, T::DTYPE)?))
     }
 
     fn typed(&self, name: &str, dtype: Dtype) -> Result<&Bytes> {

@@ -82,22 +82,22 @@ impl Delta {
             (Some(from), Some(to)) => Some(Self::between_towers(from, to)?),
             _ => return None,
         };
-        if from.default_rows != to.default_rows || from.half != to.half {
+        if from.default_rows != to.default_rows || from.half() != to.half() {
             return None;
         }
         let mut delta = Self {
             ids: Vec::new(),
             weights: Vec::new(),
-            half: to.half,
+            half: to.half(),
             removed: Vec::new(),
             intercept: to.intercept(),
             towers,
         };
-        let same = |a: usize, b: usize| from.weights[a].to_bits() == to.weights[b].to_bits();
+        let same = |a: usize, b: usize| from.weights.same(a, &to.weights, b);
         let (changed, removed) = differences(&from.ids, &to.ids, same);
         delta.removed = removed;
         delta.ids.extend(changed.iter().map(|&at| to.ids[at]));
-        delta.weights.extend(changed.iter().map(|&at| to.weights[at]));
+        delta.weights.extend(changed.iter().map(|&at| to.weights.number(at)));
         Some(delta)
     }
 
@@ -133,8 +133,8 @@ impl Delta {
     /// The same at the precision of `from`, without rows that are in `from` as they are and without those to be removed that are
     /// not there: equal to [`Delta::between`] that and what comes of it.
     pub fn against(&self, from: &Weights) -> Result<Self> {
-        let rounded = round_weights(&self.ids, &self.weights, from.half)?;
-        let old = |id: &u64| find(&from.ids, *id).map(|at| from.weights[at].to_bits());
+        let rounded = round_weights(&self.ids, &self.weights, from.half())?;
+        let old = |id: &u64| find(&from.ids, *id).map(|at| from.weights.number(at).to_bits());
         let changed = self.ids.iter().zip(&rounded).filter(|(id, w)| old(id) != Some(w.to_bits()));
         let (ids, weights) = changed.unzip();
         let removed = self.removed.iter().copied().filter(|id| find(&from.ids, *id).is_some()).collect();
@@ -142,18 +142,19 @@ impl Delta {
             (Some(delta), Some(from)) => Some(delta.against(from)?),
             _ => None,
         };
-        Ok(Self { ids, weights, half: from.half, removed, intercept: self.intercept, towers })
+        Ok(Self { ids, weights, half: from.half(), removed, intercept: self.intercept, towers })
     }
 
     /// The weights that come of `from`. Refuses a delta that was not made for them: one that removes what is not there, or has
     /// another shape.
     pub fn apply(&self, from: &Weights) -> Result<Weights> {
-        if self.half != from.half {
+        if self.half != from.half() {
             return wrong(WEIGHTS, "of the precision of the version that it changes", "another".to_owned());
         }
         let pieces = pieces(&from.ids, &self.ids, &self.removed, REMOVED)?;
-        let (ids, numbers) = (join(&pieces, &from.ids, &self.ids), join(&pieces, &from.weights, &self.weights));
-        let weights = Weights::new(ids, numbers, self.intercept, from.default_rows.clone())?.of_halves(self.half);
+        let (ids, numbers) = (join(&pieces, &from.ids, &self.ids), join(&pieces, &from.weights(), &self.weights));
+        let weights = Weights::new(ids, numbers, self.intercept, from.default_rows.clone())?;
+        let weights = if self.half { weights.of_halves() } else { weights };
         match (&from.towers, &self.towers) {
             (None, None) => Ok(weights),
             (Some(towers), Some(delta)) => {

@@ -2,10 +2,11 @@
 
 use bytes::Bytes;
 
+use super::address::chain;
 use super::codec::{Arrays, Digest};
 use super::delta::Delta;
 use super::manifest::{DELTA_FORMAT, Document, Kind, Link, Manifest, ObjectRef, PAYLOAD_FORMAT, Version};
-use super::store::{Created, Store, document, manifest_key, object_key};
+use super::store::{Copied, Created, Store, document, manifest_key, not_published, object_key};
 use super::weights::{self, Weights};
 use super::{Error, Result};
 use crate::event::Slot;
@@ -17,6 +18,8 @@ pub struct Snapshot {
     pub manifest: Manifest,
     pub weights: Weights,
     digest: Digest,
+    /// Its columns lie in a mapped file.
+    mapped: bool,
 }
 
 impl Snapshot {
@@ -24,7 +27,13 @@ impl Snapshot {
     #[must_use]
     pub fn new(manifest: Manifest, weights: Weights) -> Self {
         let digest = manifest.to_bytes().map(|bytes| Digest::of(&bytes)).unwrap_or(Digest(0));
-        Self { manifest, weights, digest }
+        Self { manifest, weights, digest, mapped: false }
+    }
+
+    /// Whether its columns lie in a mapped file, not in memory.
+    #[must_use]
+    pub fn is_mapped(&self) -> bool {
+        self.mapped
     }
 
     /// Of the bytes of its manifest: a delta names it by that.
@@ -74,6 +83,14 @@ impl Chain {
     pub fn last(&self) -> &Sealed {
         self.links.last().expect("a chain has a link")
     }
+
+    /// Keys of the objects that it is read from.
+    pub fn keys(&self) -> impl Iterator<Item = String> {
+        self.links.iter().flat_map(|link| {
+            let objects = link.manifest.objects.iter().map(|object| object.name.clone());
+            objects.chain([manifest_key(link.manifest.version)])
+        })
+    }
 }
 
 /// Objects of a store with their keys, in the order in which they are to be written elsewhere.
@@ -84,34 +101,22 @@ impl Store {
     /// finite, and the golden vectors; of a delta, the whole chain from its full on, and that it gives the very bytes that a
     /// full in its place has.
     pub async fn load(&self, version: Version) -> Result<Snapshot> {
-        Ok(self.load_raw(version).await?.0)
-    }
-
-    /// As [`Store::load`], with the bytes that were read, for [`Store::keep_only`].
-    pub async fn load_raw(&self, version: Version) -> Result<(Snapshot, Objects)> {
         let chain = self.chain(version, None).await?;
         let mut objects = Objects::new();
-        let mut links = chain.links.into_iter();
-        let mut last = links.next().expect("a chain has a link");
-        let mut weights = self.full(&last, &mut objects).await?;
-        for link in links {
-            let delta = self.delta(&link, weights.towers().map(|towers| towers.pair()), &mut objects).await?;
+        let (mut weights, _) = self.weights(&chain.links[0], None, &mut objects).await?;
+        for link in &chain.links[1..] {
+            let delta = self.delta(link, weights.towers().map(|towers| towers.pair()), &mut objects).await?;
             let key = &link.manifest.objects[0].name;
             weights = delta.apply(&weights).map_err(|source| Error::Corrupt {
                 key: key.clone(),
                 reason: "is not a delta for the version before it",
                 source,
             })?;
-            last = link;
         }
-        let manifest = last.manifest;
+        let last = chain.last();
+        let manifest = last.manifest.clone();
         let content = |reason: String| Error::Content { key: manifest_key(manifest.version), reason };
-        if weights.kind() != manifest.model.kind {
-            return Err(content(format!("says `{}`, the payload holds a `{}`", manifest.model.kind, weights.kind())));
-        }
-        if weights.rows() as u64 != manifest.rows {
-            return Err(content(format!("says {} rows, the payload has {}", manifest.rows, weights.rows())));
-        }
+        says_what_it_holds(&manifest, &weights)?;
         if let Some(Link { result, .. }) = &manifest.delta {
             let encoded = weights.to_arrays().encode(PAYLOAD_FORMAT).map_err(|e| content(e.to_string()))?;
             if (encoded.length, encoded.digest) != (result.length, result.digest) {
@@ -121,9 +126,9 @@ impl Store {
                 )));
             }
         }
-        let snapshot = Snapshot { manifest, weights, digest: last.digest };
+        let snapshot = Snapshot { manifest, weights, digest: last.digest, mapped: false };
         snapshot.prove(|slots| snapshot.logit(slots))?;
-        Ok((snapshot, objects))
+        Ok(snapshot)
     }
 
     /// Loads what a channel names now; none if it names nothing yet.
@@ -173,26 +178,80 @@ impl Store {
         Ok(Chain { links, from_held })
     }
 
-    /// The deltas of a chain that starts at what the reader holds, oldest first. `towers` are those of the model.
+    /// The full that a chain begins with, to be served: its columns lie in the bytes of its payload, and these in memory, or with
+    /// a cache in the file that it has there, mapped. What the cache lacks, or has otherwise than it was published, is copied to
+    /// it first; where it cannot be, the payload is held in memory. All of it is checked but for the golden vectors. What was read
+    /// and is not in the cache yet comes with it.
+    pub async fn full(&self, chain: &Chain, cache: Option<&Self>) -> Result<(Snapshot, Objects)> {
+        let (link, mut objects) = (&chain.links[0], Objects::new());
+        let (weights, mapped) = self.weights(link, cache, &mut objects).await?;
+        says_what_it_holds(&link.manifest, &weights)?;
+        let Sealed { manifest, digest, .. } = link.clone();
+        Ok((Snapshot { manifest, weights, digest, mapped }, objects))
+    }
+
+    /// The deltas of a chain, oldest first. `towers` are those of the model.
     pub async fn deltas(&self, chain: &Chain, towers: Option<&Pair>) -> Result<(Vec<Delta>, Objects)> {
         let (mut deltas, mut objects) = (Vec::with_capacity(chain.links.len()), Objects::new());
-        for link in &chain.links {
+        for link in chain.links.iter().skip(usize::from(!chain.from_held)) {
             deltas.push(self.delta(link, towers, &mut objects).await?);
         }
         Ok((deltas, objects))
     }
 
-    async fn full(&self, link: &Sealed, objects: &mut Objects) -> Result<Weights> {
-        let (object, arrays) = self.payload(link, PAYLOAD_FORMAT, objects).await?;
-        Weights::from_arrays(&arrays).map_err(|source| Error::Corrupt {
-            key: object.name.clone(),
-            reason: "does not hold a model",
-            source,
-        })
+    /// The weights of a full, and whether they lie in a mapped file.
+    async fn weights(&self, link: &Sealed, cache: Option<&Self>, objects: &mut Objects) -> Result<(Weights, bool)> {
+        let object = payload_of(link)?;
+        let mapped = match cache {
+            Some(cache) => self.mapped(link, object, cache).await?,
+            None => None,
+        };
+        let is_mapped = mapped.is_some();
+        let bytes = match mapped {
+            Some(bytes) => bytes,
+            None => {
+                let bytes = self.payload(link, object).await?;
+                objects.push((object.name.clone(), bytes.clone()));
+                bytes
+            }
+        };
+        objects.push((manifest_key(link.manifest.version), link.bytes.clone()));
+        let corrupt = |reason| move |source| Error::Corrupt { key: object.name.clone(), reason, source };
+        let arrays = Arrays::decode(&bytes, PAYLOAD_FORMAT).map_err(corrupt("cannot be read"))?;
+        let weights = Weights::from_arrays(&arrays).map_err(corrupt("does not hold a model"))?;
+        Ok((weights, is_mapped))
+    }
+
+    /// The bytes of a payload, mapped from its file in `cache`. None if it cannot have one.
+    async fn mapped(&self, link: &Sealed, object: &ObjectRef, cache: &Self) -> Result<Option<Bytes>> {
+        match cache.map(object) {
+            Ok(Some(bytes)) => return Ok(Some(bytes)),
+            Ok(None) if self.is_same_directory(cache) => return Err(missing(link, object)),
+            Ok(None) => {}
+            Err(error) if self.is_same_directory(cache) => return Err(error),
+            // What is copied takes its place.
+            Err(error) => tracing::warn!(error = %chain(&error), "what the cache has is not used, it is fetched anew"),
+        }
+        let why = match self.copy(object, cache).await? {
+            Copied::Absent => return Err(missing(link, object)),
+            Copied::Failed(error) => error.to_string(),
+            Copied::Whole => match cache.map(object) {
+                Ok(Some(bytes)) => return Ok(Some(bytes)),
+                Ok(None) => "it is gone".to_owned(),
+                Err(error) => chain(&error),
+            },
+        };
+        tracing::warn!(key = object.name, why, "the cache cannot hold a payload, so it is held in memory");
+        Ok(None)
     }
 
     async fn delta(&self, link: &Sealed, towers: Option<&Pair>, objects: &mut Objects) -> Result<Delta> {
-        let (object, arrays) = self.payload(link, DELTA_FORMAT, objects).await?;
+        let object = payload_of(link)?;
+        let bytes = self.payload(link, object).await?;
+        let corrupt = |source| Error::Corrupt { key: object.name.clone(), reason: "cannot be read", source };
+        let arrays = Arrays::decode(&bytes, DELTA_FORMAT).map_err(corrupt)?;
+        objects.push((object.name.clone(), bytes));
+        objects.push((manifest_key(link.manifest.version), link.bytes.clone()));
         let delta = Delta::from_arrays(&arrays, towers).map_err(|source| Error::Corrupt {
             key: object.name.clone(),
             reason: "does not hold a delta for this model",
@@ -206,39 +265,13 @@ impl Store {
         Ok(delta)
     }
 
-    /// Reads the one payload of a version, and adds it and the manifest to `objects`.
-    async fn payload<'a>(
-        &self,
-        link: &'a Sealed,
-        format: &str,
-        objects: &mut Objects,
-    ) -> Result<(&'a ObjectRef, Arrays)> {
-        let (manifest, key) = (&link.manifest, manifest_key(link.manifest.version));
-        let content = |reason: String| Error::Content { key: key.clone(), reason };
-        let kind = &manifest.model.kind;
-        if !["logistic", "two_tower"].contains(&kind.as_str()) {
-            return Err(content(format!(
-                "holds a model of kind `{kind}`, this reader knows `logistic` and `two_tower`"
-            )));
-        }
-        let [object] = manifest.objects.as_slice() else {
-            return Err(content(format!("names {} objects, a model has one", manifest.objects.len())));
-        };
-        if object.name != object_key(object.digest) {
-            return Err(content(format!("names `{}`, which does not fit its digest {}", object.name, object.digest)));
-        }
+    /// Reads the payload of a version to memory.
+    async fn payload(&self, link: &Sealed, object: &ObjectRef) -> Result<Bytes> {
         let Some(bytes) = self.read_large(&object.name, object.length).await? else {
-            return Err(Error::Missing { key: object.name.clone(), named_by: format!("`{key}`") });
+            return Err(missing(link, object));
         };
-        let corrupt = |reason| {
-            let key = object.name.clone();
-            move |source| Error::Corrupt { key, reason, source }
-        };
-        object.digest.check(object.length, &bytes).map_err(corrupt("bytes are not those that were published"))?;
-        let arrays = Arrays::decode(&bytes, format).map_err(corrupt("cannot be read"))?;
-        objects.push((object.name.clone(), bytes));
-        objects.push((key, link.bytes.clone()));
-        Ok((object, arrays))
+        object.digest.check(object.length, &bytes).map_err(|source| not_published(&object.name, source))?;
+        Ok(bytes)
     }
 
     /// The manifest of a version, verified. `named_by` says who needs it, for the message when it is not there.
@@ -259,6 +292,15 @@ impl Store {
         Ok(Sealed { manifest, digest: Digest::of(&bytes), bytes })
     }
 
+    /// Keys of all manifests and payloads.
+    pub async fn keys(&self) -> Result<Vec<String>> {
+        let mut keys = Vec::new();
+        for folder in ["manifests", "objects"] {
+            keys.extend(self.list(folder).await?.into_keys());
+        }
+        Ok(keys)
+    }
+
     /// Makes this store hold these objects and what is already there of `keys`, nothing else, and no channel: a cache. What is new
     /// is complete before anything goes.
     pub async fn keep_only(&self, objects: &Objects, keys: &[String]) -> Result<()> {
@@ -268,13 +310,44 @@ impl Store {
                 self.create_only(key, std::slice::from_ref(bytes)).await?;
             }
         }
-        for folder in ["manifests", "objects"] {
-            for key in self.list(folder).await?.into_keys() {
-                if !keys.contains(&key) {
-                    self.delete(&key).await?;
-                }
+        for key in self.keys().await? {
+            if !keys.contains(&key) {
+                self.delete(&key).await?;
             }
         }
         self.sweep_all().await
     }
+}
+
+/// The one payload that a manifest names.
+fn payload_of(link: &Sealed) -> Result<&ObjectRef> {
+    let manifest = &link.manifest;
+    let content = |reason: String| Err(Error::Content { key: manifest_key(manifest.version), reason });
+    let kind = &manifest.model.kind;
+    if !["logistic", "two_tower"].contains(&kind.as_str()) {
+        return content(format!("holds a model of kind `{kind}`, this reader knows `logistic` and `two_tower`"));
+    }
+    let [object] = manifest.objects.as_slice() else {
+        return content(format!("names {} objects, a model has one", manifest.objects.len()));
+    };
+    if object.name != object_key(object.digest) {
+        return content(format!("names `{}`, which does not fit its digest {}", object.name, object.digest));
+    }
+    Ok(object)
+}
+
+fn missing(link: &Sealed, object: &ObjectRef) -> Error {
+    Error::Missing { key: object.name.clone(), named_by: format!("`{}`", manifest_key(link.manifest.version)) }
+}
+
+/// Refuses weights of another kind or number of rows than their manifest says.
+fn says_what_it_holds(manifest: &Manifest, weights: &Weights) -> Result<()> {
+    let content = |reason: String| Err(Error::Content { key: manifest_key(manifest.version), reason });
+    if weights.kind() != manifest.model.kind {
+        return content(format!("says `{}`, the payload holds a `{}`", manifest.model.kind, weights.kind()));
+    }
+    if weights.rows() as u64 != manifest.rows {
+        return content(format!("says {} rows, the payload has {}", manifest.rows, weights.rows()));
+    }
+    Ok(())
 }

@@ -21,8 +21,9 @@ use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
 
 use super::address::{self, Limits, Place};
-use super::codec::Digest;
-use super::manifest::{Document, Entry, Version};
+use super::codec::{self, Digest};
+use super::manifest::{Document, Entry, ObjectRef, Version};
+use super::mapped::{self, Draft};
 use super::{Error, Result};
 use crate::event::Time;
 
@@ -328,10 +329,7 @@ impl Store {
     /// As [`Store::read`], for an object that should have `length` bytes: a large one comes from a bucket in parts,
     /// several at a time, or from anywhere one after the other at the pace that is set. One of another length is returned as it is.
     pub(super) async fn read_large(&self, key: &str, length: u64) -> Result<Option<Bytes>> {
-        let (part, parallel) = match self.pace {
-            Some(pace) => ((pace / 20).clamp(1 << 14, 1 << 20), 1),
-            None => (self.limits.part as u64, self.limits.parallel),
-        };
+        let (part, _) = self.parts();
         let large = if self.pace.is_some() { length > part } else { self.local.is_none() && length > 2 * part };
         if !large {
             return self.read(key).await;
@@ -341,25 +339,101 @@ impl Store {
             Some(_) => return self.read(key).await,
             None => return Ok(None),
         }
-        let path = Path::from(key);
-        let starts = (0..length).step_by(part as usize);
+        let mut whole = BytesMut::with_capacity(usize::try_from(length).expect("checked against the store"));
+        let take = |bytes: &Bytes| {
+            whole.extend_from_slice(bytes);
+            true
+        };
+        let there = self.in_parts_of(key, length, take).await?;
+        Ok(there.then(|| whole.freeze()))
+    }
+
+    /// Bytes of a part that is read, and how many are under way at a time.
+    fn parts(&self) -> (u64, usize) {
+        match self.pace {
+            Some(pace) => ((pace / 20).clamp(1 << 14, 1 << 20), 1),
+            None if self.local.is_some() => (1 << 20, 1),
+            None => (self.limits.part as u64, self.limits.parallel),
+        }
+    }
+
+    /// Hands the parts of an object, which has `length` bytes, to `take` in their order and at the pace that is set, until it says
+    /// that it wants no more. False if the object is not there.
+    async fn in_parts_of(&self, key: &str, length: u64, mut take: impl FnMut(&Bytes) -> bool) -> Result<bool> {
+        let (path, (part, parallel)) = (Path::from(key), self.parts());
         let began = tokio::time::Instant::now();
-        let mut parts = stream::iter(starts)
+        let mut parts = stream::iter((0..length).step_by(part as usize))
             .map(|start| {
                 let (range, path) = (start..(start + part).min(length), &path);
                 self.attempt(move || self.inner.get_range(path, range.clone()))
             })
             .buffered(parallel);
-        let mut whole = BytesMut::with_capacity(usize::try_from(length).expect("checked against the store"));
+        let mut read = 0;
         while let Some(bytes) = parts.next().await {
-            let Some(bytes) = self.found(key, bytes)? else { return Ok(None) };
+            let Some(bytes) = self.found(key, bytes)? else { return Ok(false) };
             self.counts.read.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-            whole.extend_from_slice(&bytes);
+            read += bytes.len();
+            if !take(&bytes) {
+                break;
+            }
             if let Some(pace) = self.pace {
-                tokio::time::sleep_until(began + Duration::from_secs_f64(whole.len() as f64 / pace as f64)).await;
+                tokio::time::sleep_until(began + Duration::from_secs_f64(read as f64 / pace as f64)).await;
             }
         }
-        Ok(Some(whole.freeze()))
+        Ok(true)
+    }
+
+    // ----------------------------------------------------------------------------------------------------- mapped files
+
+    /// Whether both are one directory of this machine.
+    #[must_use]
+    pub fn is_same_directory(&self, other: &Self) -> bool {
+        self.local.is_some() && self.local == other.local
+    }
+
+    /// Copies a payload to `cache`, a directory of this machine, part by part: it has its name there only once its bytes are
+    /// those that the name says. Files are written on the thread that asks.
+    pub(super) async fn copy(&self, object: &ObjectRef, cache: &Self) -> Result<Copied> {
+        let key = object.name.as_str();
+        match self.size(key).await? {
+            None => return Ok(Copied::Absent),
+            Some(size) if size == object.length => {}
+            Some(length) => return Err(not_published(key, codec::Error::Length { expected: object.length, length })),
+        }
+        let Some(path) = cache.local.as_ref().map(|root| root.join(key)) else {
+            return Ok(Copied::Failed(std::io::Error::other("only a directory of this machine holds files to map")));
+        };
+        let (mut draft, mut failure) = match Draft::new(&path) {
+            Ok(draft) => (draft, None),
+            Err(error) => return Ok(Copied::Failed(error)),
+        };
+        let take = |part: &Bytes| {
+            failure = draft.write(part).err();
+            failure.is_none()
+        };
+        if !self.in_parts_of(key, object.length, take).await? {
+            return Ok(Copied::Absent);
+        }
+        if failure.is_none() && draft.digest() != object.digest {
+            let (expected, found) = (object.digest, draft.digest());
+            return Err(not_published(key, codec::Error::Digest { expected, found }));
+        }
+        let done = match failure {
+            Some(error) => Err(error),
+            None => draft.finish(&path),
+        };
+        Ok(done.map_or_else(Copied::Failed, |()| Copied::Whole))
+    }
+
+    /// The bytes of a payload of a directory of this machine, mapped from its file and checked. None if it is not there.
+    pub(super) fn map(&self, object: &ObjectRef) -> Result<Option<Bytes>> {
+        let Some(root) = &self.local else { return Ok(None) };
+        let mapped = mapped::map(&root.join(&object.name));
+        let mapped = mapped.map_err(|error| self.refusal(&object.name, local_error(error)))?;
+        if let Some(bytes) = &mapped {
+            object.digest.check(object.length, bytes).map_err(|source| not_published(&object.name, source))?;
+        }
+        Ok(mapped)
     }
 
     pub(super) async fn exists(&self, key: &str) -> Result<bool> {
@@ -483,6 +557,20 @@ impl Store {
             },
         }
     }
+}
+
+/// How copying a payload ended.
+#[derive(Debug)]
+pub(super) enum Copied {
+    Whole,
+    /// The store does not have it.
+    Absent,
+    /// It cannot be written.
+    Failed(std::io::Error),
+}
+
+pub(super) fn not_published(key: &str, source: codec::Error) -> Error {
+    Error::Corrupt { key: key.to_owned(), reason: "bytes are not those that were published", source }
 }
 
 fn local_error(error: std::io::Error) -> object_store::Error {

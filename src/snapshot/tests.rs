@@ -978,3 +978,64 @@ async fn an_upload_that_never_succeeds_leaves_no_object_and_is_a_retry() {
     assert!(!store.exists("objects/x").await.unwrap());
     assert_eq!(fault.parts.lock().unwrap().aborted, 3, "each attempt was taken back");
 }
+
+#[tokio::test]
+async fn a_full_read_in_place_from_a_cache_is_the_one_that_was_published() {
+    for precision in [super::Precision::F32, super::Precision::F16, super::Precision::Int8] {
+        for pace in [None, Some(100_000_000)] {
+            let dir = tempfile::tempdir().unwrap();
+            let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+            let (store, cache) = (Store::create(&path("store")).unwrap(), Store::create(&path("cache")).unwrap());
+            let store = pace.map_or(store.clone(), |pace| store.clone().paced(pace));
+            let settings = Settings { precision, ..Settings::default() };
+            let model = ModelInfo { kind: "logistic".to_owned(), ..ModelInfo::default() };
+            let plan = settings.check().unwrap();
+            let mut publisher = Publisher::open(store.clone(), &plan, "main", model).await.unwrap();
+            let exact = weights(7);
+            publisher.publish(&exact.clone().into(), facts(1), &golden(&exact), None).await.unwrap();
+            let chain = store.chain(Version(1), None).await.unwrap();
+            let loaded = store.load(Version(1)).await.unwrap();
+            for (place, there) in [(None, false), (Some(&cache), true), (Some(&cache), true)] {
+                let (full, objects) = store.full(&chain, place).await.unwrap();
+                assert_eq!((full.is_mapped(), &full.weights), (there, &loaded.weights));
+                // The payload comes along only where it is not in the cache.
+                assert_eq!(objects.len(), if there { 1 } else { 2 });
+            }
+            // What is in the cache is read there, also when the store is gone.
+            let object = &loaded.manifest.objects[0].name;
+            std::fs::remove_file(dir.path().join("store").join(object)).unwrap();
+            assert!(store.full(&chain, Some(&cache)).await.unwrap().0.is_mapped());
+            std::fs::remove_file(dir.path().join("cache").join(object)).unwrap();
+            let error = store.full(&chain, Some(&cache)).await.unwrap_err();
+            assert!(matches!(&error, Error::Missing { key, .. } if key == object), "{error}");
+            assert!(cache.staged(clock::now().plus(1000)).unwrap().is_empty());
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_payload_that_came_otherwise_than_published_gets_no_name_in_a_cache() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (store, cache) = (Store::create(&path("store")).unwrap(), Store::create(&path("cache")).unwrap());
+    let model = ModelInfo { kind: "logistic".to_owned(), ..ModelInfo::default() };
+    let plan = Settings::default().check().unwrap();
+    let mut publisher = Publisher::open(store.clone(), &plan, "main", model).await.unwrap();
+    let exact = weights(7);
+    publisher.publish(&exact.clone().into(), facts(1), &golden(&exact), None).await.unwrap();
+    let chain = store.chain(Version(1), None).await.unwrap();
+    let object = dir.path().join("store").join(&chain.last().manifest.objects[0].name);
+    let whole = std::fs::read(&object).unwrap();
+    for at in 0..whole.len() {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 1;
+        if at % 5 == 0 {
+            bytes.truncate(at);
+        }
+        std::fs::write(&object, bytes).unwrap();
+        let error = store.full(&chain, Some(&cache)).await.unwrap_err();
+        assert!(matches!(&error, Error::Corrupt { .. }) && error.remedy() == Remedy::SkipVersion, "{at}: {error}");
+        let left = std::fs::read_dir(dir.path().join("cache/objects")).map_or(0, Iterator::count);
+        assert_eq!(left, 0, "byte {at}");
+    }
+}

@@ -4,6 +4,7 @@
 use std::cell::RefCell;
 
 use super::codec::{Arrays, Error, Result};
+use super::column::Column;
 use super::vectors::Vectors;
 use super::weights::{ascending, find};
 use crate::event::Slot;
@@ -24,7 +25,7 @@ pub struct Towers {
     layout: Layout,
     plan: Plan,
     pair: Pair,
-    ids: Vec<u64>,
+    ids: Column<u64>,
     rows: Vectors,
     /// Packed as [`Pair`] has it.
     params: Vec<f32>,
@@ -36,6 +37,16 @@ impl Towers {
     /// Checks and keeps towers: `ids` ascending strictly and never 0, a row of `dim` for each, all finite, and among them the
     /// default row of each feature that a tower sees.
     pub fn new(layout: Layout, ids: Vec<u64>, rows: Vectors, params: Vec<f32>, default_rows: &[u64]) -> Result<Self> {
+        Self::checked(layout, ids.into(), rows, params, default_rows)
+    }
+
+    fn checked(
+        layout: Layout,
+        ids: Column<u64>,
+        rows: Vectors,
+        params: Vec<f32>,
+        default_rows: &[u64],
+    ) -> Result<Self> {
         let wrong = |name: &str, expected: &str, found: String| {
             Err(Error::Wrong { name: name.to_owned(), expected: expected.to_owned(), found })
         };
@@ -125,10 +136,10 @@ impl Towers {
         &self.rows
     }
 
-    /// The vectors and the parameters of the layers.
+    /// Row ids, vectors, and the parameters of the layers.
     #[must_use]
-    pub fn into_rows(self) -> (Vectors, Vec<f32>) {
-        (self.rows, self.params)
+    pub fn into_columns(self) -> (Column<u64>, Vectors, Vec<f32>) {
+        (self.ids, self.rows, self.params)
     }
 
     /// Parameters of the layers, packed as [`Pair`] has it.
@@ -181,7 +192,7 @@ impl Towers {
         let wrong = |name: &str, expected: &str, found: String| {
             Err(Error::Wrong { name: name.to_owned(), expected: expected.to_owned(), found })
         };
-        let ids = arrays.u64s(IDS)?;
+        let ids = arrays.column(IDS)?;
         let rows = Vectors::from_arrays(ROWS, arrays)?;
         let mut sides = Vec::new();
         for code in arrays.u8s(FEATURES)? {
@@ -222,7 +233,7 @@ impl Towers {
         let normalize = arrays.get(SCALE).is_some();
         let layout = Layout { sides, keys, dim: rows.dim(), layers, activation, layer_norm, normalize };
         let params = read_params(arrays, &layout.pair())?;
-        Self::new(layout, ids, rows, params, default_rows).map(Some)
+        Self::checked(layout, ids, rows, params, default_rows).map(Some)
     }
 }
 

@@ -1,10 +1,13 @@
 //! A column of vectors as it travels: f32, f16, or int8 with a scale a row. Rounding is a pure function of the f32 row.
 
+use std::borrow::Cow;
+
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use serde::{Deserialize, Serialize};
 
 use super::codec::{Arrays, Dtype, Error, Result};
+use super::column::Column;
 
 /// Longest vector.
 pub const WIDEST_ROW: usize = 256;
@@ -36,12 +39,12 @@ pub struct Vectors {
 
 #[derive(Clone, PartialEq, Debug)]
 enum Data {
-    F32(Vec<f32>),
-    F16(Vec<f16>),
+    F32(Column<f32>),
+    F16(Column<f16>),
     /// A number is `scale * code`.
     Int8 {
-        codes: Vec<i8>,
-        scales: Vec<f32>,
+        codes: Column<i8>,
+        scales: Column<f32>,
     },
 }
 
@@ -50,9 +53,9 @@ impl Vectors {
     #[must_use]
     pub fn new(dim: usize, precision: Precision) -> Self {
         let data = match precision {
-            Precision::F32 => Data::F32(Vec::new()),
-            Precision::F16 => Data::F16(Vec::new()),
-            Precision::Int8 => Data::Int8 { codes: Vec::new(), scales: Vec::new() },
+            Precision::F32 => Data::F32(Column::default()),
+            Precision::F16 => Data::F16(Column::default()),
+            Precision::Int8 => Data::Int8 { codes: Column::default(), scales: Column::default() },
         };
         Self { dim, data }
     }
@@ -61,7 +64,7 @@ impl Vectors {
     #[must_use]
     pub fn exact(dim: usize, numbers: Vec<f32>) -> Self {
         assert!((1..=WIDEST_ROW).contains(&dim) && numbers.len().is_multiple_of(dim), "whole vectors of {dim}");
-        Self { dim, data: Data::F32(numbers) }
+        Self { dim, data: Data::F32(numbers.into()) }
     }
 
     /// The same vectors, rounded. An error names the first that f16 cannot hold, with its greatest number.
@@ -79,8 +82,9 @@ impl Vectors {
     /// Adds a vector, rounded; an error is the number that f16 cannot hold.
     fn push(&mut self, row: &[f32]) -> std::result::Result<(), f32> {
         match &mut self.data {
-            Data::F32(numbers) => numbers.extend_from_slice(row),
+            Data::F32(numbers) => numbers.to_mut().extend_from_slice(row),
             Data::F16(numbers) => {
+                let numbers = numbers.to_mut();
                 let start = numbers.len();
                 numbers.resize(start + row.len(), f16::ZERO);
                 numbers[start..].convert_from_f32_slice(row);
@@ -92,8 +96,8 @@ impl Vectors {
                 let scale = row.iter().fold(0.0_f32, |most, w| most.max(w.abs())) / 127.0;
                 // A row of zeros, or so near to it that a step cannot be told from zero.
                 let step = if scale > 0.0 { scale } else { f32::INFINITY };
-                codes.extend(row.iter().map(|w| (w / step).round_ties_even().clamp(-127.0, 127.0) as i8));
-                scales.push(scale);
+                codes.to_mut().extend(row.iter().map(|w| (w / step).round_ties_even().clamp(-127.0, 127.0) as i8));
+                scales.to_mut().push(scale);
             }
         }
         Ok(())
@@ -128,13 +132,45 @@ impl Vectors {
         }
     }
 
-    /// Memory held, in bytes.
+    /// Bytes of all numbers.
     #[must_use]
     pub fn bytes(&self) -> usize {
         match &self.data {
-            Data::F32(numbers) => size_of_val(numbers.as_slice()),
-            Data::F16(numbers) => size_of_val(numbers.as_slice()),
-            Data::Int8 { codes, scales } => codes.len() + size_of_val(scales.as_slice()),
+            Data::F32(numbers) => size_of_val(&**numbers),
+            Data::F16(numbers) => size_of_val(&**numbers),
+            Data::Int8 { codes, scales } => codes.len() + size_of_val(&**scales),
+        }
+    }
+
+    /// Number `at`, where all numbers stand vector by vector.
+    #[inline]
+    #[must_use]
+    pub fn number(&self, at: usize) -> f32 {
+        match &self.data {
+            Data::F32(numbers) => numbers.number(at),
+            Data::F16(numbers) => numbers.number(at).to_f32(),
+            Data::Int8 { codes, scales } => scales.number(at / self.dim) * f32::from(codes.number(at)),
+        }
+    }
+
+    /// Where vector `at` begins in memory, or would, if there is none: for hints only.
+    #[inline(always)]
+    #[must_use]
+    pub fn place(&self, at: usize) -> *const u8 {
+        let at = at * self.dim;
+        match &self.data {
+            Data::F32(numbers) => numbers.place(at).cast(),
+            Data::F16(numbers) => numbers.place(at).cast(),
+            Data::Int8 { codes, .. } => codes.place(at).cast(),
+        }
+    }
+
+    /// All numbers, vector by vector, copied only where they are of another precision.
+    #[must_use]
+    pub fn as_f32(&self) -> Cow<'_, [f32]> {
+        match &self.data {
+            Data::F32(numbers) => Cow::Borrowed(numbers),
+            _ => Cow::Owned(self.to_f32()),
         }
     }
 
@@ -201,11 +237,11 @@ impl Vectors {
         assert_eq!(self.dim, other.dim, "vectors of one width");
         let numbers = range.start * self.dim..range.end * self.dim;
         match (&mut self.data, &other.data) {
-            (Data::F32(ours), Data::F32(theirs)) => ours.extend_from_slice(&theirs[numbers]),
-            (Data::F16(ours), Data::F16(theirs)) => ours.extend_from_slice(&theirs[numbers]),
+            (Data::F32(ours), Data::F32(theirs)) => ours.to_mut().extend_from_slice(&theirs[numbers]),
+            (Data::F16(ours), Data::F16(theirs)) => ours.to_mut().extend_from_slice(&theirs[numbers]),
             (Data::Int8 { codes, scales }, Data::Int8 { codes: more, scales: more_scales }) => {
-                codes.extend_from_slice(&more[numbers]);
-                scales.extend_from_slice(&more_scales[range]);
+                codes.to_mut().extend_from_slice(&more[numbers]);
+                scales.to_mut().extend_from_slice(&more_scales[range]);
             }
             _ => panic!("vectors of one precision"),
         }
@@ -213,15 +249,33 @@ impl Vectors {
 
     /// Adds an array `name` of shape `[len, dim]`, and `name` + `.scales` of `[len]` with int8.
     pub(super) fn to_arrays(&self, name: &str, arrays: &mut Arrays) {
-        let shape = [self.len(), self.dim];
+        self.push_to(name, &[self.len(), self.dim], arrays);
+    }
+
+    /// Adds an array `name` of shape `[len]`, of vectors of one number, which are not int8.
+    pub(super) fn to_numbers(&self, name: &str, arrays: &mut Arrays) {
+        assert!(self.dim == 1 && self.precision() != Precision::Int8, "single numbers");
+        self.push_to(name, &[self.len()], arrays);
+    }
+
+    fn push_to(&self, name: &str, shape: &[usize], arrays: &mut Arrays) {
         match &self.data {
-            Data::F32(numbers) => arrays.push_f32(name, &shape, numbers),
-            Data::F16(numbers) => arrays.push_f16(name, &shape, numbers),
+            Data::F32(numbers) => arrays.push_f32(name, shape, numbers),
+            Data::F16(numbers) => arrays.push_f16(name, shape, numbers),
             Data::Int8 { codes, scales } => {
-                arrays.push_i8(name, &shape, codes);
+                arrays.push_i8(name, shape, codes);
                 arrays.push_f32(scales_of(name), &[scales.len()], scales);
             }
         }
+    }
+
+    /// Reads what [`Vectors::to_numbers`] wrote; the shape is not looked at.
+    pub(super) fn from_numbers(name: &str, arrays: &Arrays) -> Result<Self> {
+        let data = match arrays.get(name).map(|array| array.dtype) {
+            Some(Dtype::F16) => Data::F16(arrays.column(name)?),
+            _ => Data::F32(arrays.column(name)?),
+        };
+        Ok(Self { dim: 1, data })
     }
 
     /// Reads what [`Vectors::to_arrays`] wrote.
@@ -236,16 +290,16 @@ impl Vectors {
         }
         let dtype = arrays.get(name).map(|array| array.dtype);
         let data = match dtype {
-            Some(Dtype::F16) => Data::F16(arrays.f16s(name)?),
+            Some(Dtype::F16) => Data::F16(arrays.column(name)?),
             Some(Dtype::I8) => {
                 let scales = scales_of(name);
                 if arrays.shape(&scales)? != [count] {
                     return wrong(&scales, format!("of shape [{count}]"), format!("{:?}", arrays.shape(&scales)?));
                 }
-                Data::Int8 { codes: arrays.i8s(name)?, scales: arrays.f32s(&scales)? }
+                Data::Int8 { codes: arrays.column(name)?, scales: arrays.column(&scales)? }
             }
             // Says what is wrong with any other type.
-            _ => Data::F32(arrays.f32s(name)?),
+            _ => Data::F32(arrays.column(name)?),
         };
         Ok(Self { dim, data })
     }

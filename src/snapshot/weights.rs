@@ -1,8 +1,11 @@
 //! The model as it travels: sorted ids with their weights, and how a score is computed from them.
 
+use std::borrow::Cow;
+
 use half::f16;
 
 use super::codec::{Arrays, Dtype, Error, Result};
+use super::column::Column;
 use super::manifest::Golden;
 use super::towers::{ROWS, Towers};
 use super::vectors::{Precision, Vectors};
@@ -17,12 +20,11 @@ const DEFAULT_ROWS: &str = "logistic.default_rows";
 pub const TOLERANCE: f32 = 1e-5;
 
 /// Everything that scoring needs. Ids are uniform hashes, so the sorted column is its own index.
-#[derive(Clone, PartialEq, Debug, Default)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct Weights {
-    pub(super) ids: Vec<u64>,
-    pub(super) weights: Vec<f32>,
-    /// Weights are numbers of f16, and travel as such.
-    pub(super) half: bool,
+    pub(super) ids: Column<u64>,
+    /// Of one number each, f32 or f16.
+    pub(super) weights: Vectors,
     intercept: f32,
     pub(super) default_rows: Vec<u64>,
     /// Of each feature: the weight of its default row.
@@ -34,6 +36,10 @@ impl Weights {
     /// Checks and keeps a model: `ids` ascending strictly and never 0, one weight for each, all finite; `default_rows`
     /// names each feature's default row in schema order, which counts as 0 as long as it is not among `ids`.
     pub fn new(ids: Vec<u64>, weights: Vec<f32>, intercept: f32, default_rows: Vec<u64>) -> Result<Self> {
+        Self::checked(ids.into(), Vectors::exact(1, weights), intercept, default_rows)
+    }
+
+    fn checked(ids: Column<u64>, weights: Vectors, intercept: f32, default_rows: Vec<u64>) -> Result<Self> {
         let wrong = |name: &str, expected: &str, found: String| {
             Err(Error::Wrong { name: name.to_owned(), expected: expected.to_owned(), found })
         };
@@ -41,14 +47,14 @@ impl Weights {
             return wrong(WEIGHTS, &format!("{} long, like `{IDS}`", ids.len()), weights.len().to_string());
         }
         ascending(IDS, &ids)?;
-        if let Some(at) = weights.iter().position(|w| !w.is_finite()) {
-            return wrong(WEIGHTS, "finite", format!("{} at {at}, row {:016x}", weights[at], ids[at]));
+        if let Some(at) = weights.unfit() {
+            return wrong(WEIGHTS, "finite", format!("{} at {at}, row {:016x}", weights.number(at), ids[at]));
         }
         if !intercept.is_finite() {
             return wrong(INTERCEPT, "finite", intercept.to_string());
         }
-        let defaults = default_rows.iter().map(|row| find(&ids, *row).map_or(0.0, |at| weights[at])).collect();
-        Ok(Self { ids, weights, half: false, intercept, default_rows, defaults, towers: None })
+        let defaults = default_rows.iter().map(|row| find(&ids, *row).map_or(0.0, |at| weights.number(at))).collect();
+        Ok(Self { ids, weights, intercept, default_rows, defaults, towers: None })
     }
 
     /// The same model with towers beside it.
@@ -59,16 +65,23 @@ impl Weights {
 
     /// The same model with its rows rounded. An error names a row that f16 cannot hold.
     pub fn rounded(&self, precision: Precision) -> Result<Self> {
-        let half = precision != Precision::F32;
-        let numbers = round_weights(&self.ids, &self.weights, half)?;
-        let rounded = Self::new(self.ids.clone(), numbers, self.intercept, self.default_rows.clone())?.of_halves(half);
+        let of = if precision == Precision::F32 { Precision::F32 } else { Precision::F16 };
+        let numbers = self.weights.rounded(of).map_err(|(at, found)| past_f16(WEIGHTS, self.ids[at], found))?;
+        let rounded = Self::checked(self.ids.clone(), numbers, self.intercept, self.default_rows.clone())?;
         let Some(towers) = &self.towers else { return Ok(rounded) };
         let rows = round_vectors(towers.ids(), towers.rows(), precision)?;
         Ok(rounded.with_towers(towers.with_rows(rows)))
     }
 
-    pub(super) fn of_halves(self, half: bool) -> Self {
-        Self { half, ..self }
+    /// Whether weights are numbers of f16.
+    pub(super) fn half(&self) -> bool {
+        self.weights.precision() == Precision::F16
+    }
+
+    /// The same weights, held and published as f16, which they must be numbers of.
+    pub(super) fn of_halves(self) -> Self {
+        let weights = self.weights.rounded(Precision::F16).expect("numbers of f16");
+        Self { weights, ..self }
     }
 
     /// How exactly rows are published.
@@ -76,8 +89,7 @@ impl Weights {
     pub fn precision(&self) -> Precision {
         match &self.towers {
             Some(towers) => towers.rows().precision(),
-            None if self.half => Precision::F16,
-            None => Precision::F32,
+            None => self.weights.precision(),
         }
     }
 
@@ -118,7 +130,7 @@ impl Weights {
     #[must_use]
     pub fn weight(&self, row: u64, feature: u16) -> f32 {
         match find(&self.ids, row) {
-            Some(at) => self.weights[at],
+            Some(at) => self.weights.number(at),
             None => self.defaults.get(usize::from(feature)).copied().unwrap_or(0.0),
         }
     }
@@ -143,8 +155,14 @@ impl Weights {
 
     /// Weights beside [`Weights::ids`].
     #[must_use]
-    pub fn weights(&self) -> &[f32] {
-        &self.weights
+    pub fn weights(&self) -> Cow<'_, [f32]> {
+        self.weights.as_f32()
+    }
+
+    /// Row ids, their weights as vectors of one number, and the towers.
+    #[must_use]
+    pub fn into_columns(self) -> (Column<u64>, Vectors, Option<Towers>) {
+        (self.ids, self.weights, self.towers)
     }
 
     #[must_use]
@@ -162,7 +180,7 @@ impl Weights {
     pub fn to_arrays(&self) -> Arrays {
         let mut arrays = Arrays::new();
         arrays.push_u64(IDS, &[self.ids.len()], &self.ids);
-        push_weights(&mut arrays, WEIGHTS, &self.weights, self.half);
+        self.weights.to_numbers(WEIGHTS, &mut arrays);
         arrays.push_f32(INTERCEPT, &[1], &[self.intercept]);
         arrays.push_u64(DEFAULT_ROWS, &[self.default_rows.len()], &self.default_rows);
         if let Some(towers) = &self.towers {
@@ -171,10 +189,10 @@ impl Weights {
         arrays
     }
 
-    /// Reads what [`Weights::to_arrays`] wrote: these four arrays, with these types and shapes, those of towers where there
+    /// Reads what [`Weights::to_arrays`] wrote, in place in its bytes: these four arrays, with these types and shapes, those of towers where there
     /// are any, and no others.
     pub fn from_arrays(arrays: &Arrays) -> Result<Self> {
-        let ids = arrays.u64s(IDS)?;
+        let ids = arrays.column::<u64>(IDS)?;
         let intercept = arrays.f32s(INTERCEPT)?;
         let default_rows = arrays.u64s(DEFAULT_ROWS)?;
         for (name, length) in
@@ -195,9 +213,9 @@ impl Weights {
             let (expected, found) = ("absent from a model of this kind".to_owned(), "an array".to_owned());
             return Err(Error::Wrong { name: other.name.clone(), expected, found });
         }
-        let (numbers, half) = read_weights(arrays, WEIGHTS)?;
+        let numbers = Vectors::from_numbers(WEIGHTS, arrays)?;
         if let Some(towers) = &towers
-            && half != (towers.rows().precision() != Precision::F32)
+            && (numbers.precision() == Precision::F32) != (towers.rows().precision() == Precision::F32)
         {
             let found = format!("vectors of {:?}", towers.rows().precision());
             return Err(Error::Wrong {
@@ -206,11 +224,17 @@ impl Weights {
                 found,
             });
         }
-        let weights = Self::new(ids, numbers, intercept[0], default_rows)?.of_halves(half);
+        let weights = Self::checked(ids, numbers, intercept[0], default_rows)?;
         Ok(match towers {
             Some(towers) => weights.with_towers(towers),
             None => weights,
         })
+    }
+}
+
+impl Default for Weights {
+    fn default() -> Self {
+        Self::new(Vec::new(), Vec::new(), 0.0, Vec::new()).expect("nothing is wrong with no rows")
     }
 }
 
