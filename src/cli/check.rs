@@ -12,7 +12,7 @@ use crate::event::Stream;
 use crate::snapshot::store::Race;
 use crate::source::decode::{Decoder, EventView};
 use crate::source::kafka::Log;
-use crate::source::{Origin, file};
+use crate::source::{Origin, columnar, file};
 use crate::train::checkpoint::{self, Checkpoints};
 
 /// Check a configuration: every setting, every file, and every path the job will write to
@@ -51,8 +51,14 @@ impl Check {
             input::decoder(&checked, *stream, false)?;
             match (settings.source.find(&format!("{}.source", stream.name()))?, &config.kafka) {
                 (Origin::Files(files), _) => {
+                    let schema = (*stream == Stream::Impressions).then_some(schema);
+                    let decoder = Decoder::new(*stream, &settings.record, schema, true)?;
                     for path in &files.paths {
-                        file::first_records(path, 1, files.max_record)?;
+                        if columnar::is_parquet(path)? {
+                            columnar::describe(path, &decoder, 1)?;
+                        } else {
+                            file::first_records(path, 1, files.max_record)?;
+                        }
                     }
                     ok(stream.name(), format!("{} file(s) can be read", files.paths.len()))?;
                 }
@@ -128,22 +134,29 @@ fn show(checked: &Checked, stream: Stream, settings: &crate::config::StreamSetti
     match (settings.source.find(&format!("{}.source", stream.name()))?, &checked.config.kafka) {
         (Origin::Files(files), _) => {
             for path in &files.paths {
-                let records = file::first_records(path, n - samples.len(), files.max_record)?;
-                let place = |offset| format!("`{}` at byte {offset}", file::name_of(path));
-                samples.extend(records.into_iter().map(|(offset, raw)| (place(offset), raw)));
+                let (left, name) = (n - samples.len(), file::name_of(path));
+                if columnar::is_parquet(path)? {
+                    let rows = columnar::describe(path, &decoder, left)?;
+                    samples.extend(rows.into_iter().map(|(row, events)| (format!("`{name}` at row {row}"), events)));
+                    continue;
+                }
+                for (offset, raw) in file::first_records(path, left, files.max_record)? {
+                    samples.push((format!("`{name}` at byte {offset}"), decoder.describe(&raw)));
+                }
             }
         }
         (Origin::Kafka(topics), Some(cluster)) => {
             let records = Log::first_records(cluster, &topics, n)?;
-            samples
-                .extend(records.into_iter().map(|(name, offset, raw)| (format!("`{name}` at offset {offset}"), raw)));
+            for (name, offset, raw) in records {
+                samples.push((format!("`{name}` at offset {offset}"), decoder.describe(&raw)));
+            }
         }
         (Origin::Kafka(_), None) => unreachable!("the config was checked"),
     }
     let mut out = std::io::stdout().lock();
-    for (place, raw) in &samples {
+    for (place, events) in samples {
         writeln!(out, "\n{} {place}", stream.name())?;
-        match decoder.describe(raw) {
+        match events {
             Ok(events) => events.iter().try_for_each(|event| event_lines(&mut out, event))?,
             Err(reason) => writeln!(out, "  rejected: {reason}")?,
         }

@@ -115,7 +115,7 @@ impl Score {
                     if record.kind == Kind::Rejected {
                         rejected += 1;
                         let why = chunk.reason_of(index);
-                        eprintln!("`{}` at byte {}: {why}", partition.name(), record.offset);
+                        eprintln!("`{}` at offset {}: {why}", partition.name(), record.offset);
                         continue;
                     }
                     let id = String::from_utf8_lossy(chunk.text_of(record));

@@ -1,4 +1,4 @@
-//! Files as partitions of a log: one record a line, one partition a file.
+//! Files of lines as partitions of a log: one record a line, one partition a file. Parquet has a reader of its own.
 //!
 //! | | |
 //! |---|---|
@@ -237,6 +237,8 @@ impl Input {
             [0x28, 0xb5, 0x2f, 0xfd] | [0x50..=0x5f, 0x2a, 0x4d, 0x18] => {
                 Self::Packed(Box::new(zstd::Decoder::new(file)?))
             }
+            // Read by another reader, which knows it when it opens the file.
+            [b'P', b'A', b'R', b'1'] => return Err(io::Error::other("a Parquet file, where lines are needed")),
             _ => Self::Plain(file),
         })
     }

@@ -15,8 +15,8 @@ use super::kafka::{LogTime, Shard, Start, Topics};
 pub struct Settings {
     /// `"file"` or `"kafka"`. Default `"file"`.
     pub kind: Kind,
-    /// Files only. Files of JSON lines, plain, gzip or zstd. The last part of a path may hold `*` (any characters) and `?`
-    /// (one). Each file is a partition, named by its path as written here.
+    /// Files only. Files of JSON lines, plain, gzip or zstd, or Parquet. The last part of a path may hold `*` (any characters)
+    /// and `?` (one). Each file is a partition, named by its path as written here.
     pub paths: Vec<String>,
     /// Files only. How often a followed file is looked at for growth; 1ms or more. Default 200ms.
     #[serde(with = "humantime_serde")]
