@@ -52,8 +52,8 @@ struct Found {
 }
 
 impl Feed {
-    fn open(checked: &Checked, stream: Stream, settings: &StreamSettings, keep_ids: bool) -> Result<Self, Error> {
-        let decoder = decoder(checked, stream, keep_ids)?;
+    fn open(checked: &Checked, stream: Stream, settings: &StreamSettings, keep: Keep) -> Result<Self, Error> {
+        let decoder = decoder(checked, stream, keep)?;
         let log = match (settings.source.find(&key(stream))?, &checked.config.kafka) {
             (Origin::Files(_), _) => None,
             (Origin::Kafka(topics), Some(cluster)) => Some(Log::connect(stream, cluster, &topics).map_err(kafka)?),
@@ -169,8 +169,17 @@ fn fresh(name: &str, stream: Stream, from: NextOffset) -> PartitionPosition {
 /// How often it is looked for new partitions.
 const LOOK: Duration = Duration::from_secs(1);
 
+/// What is kept of an event as text.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Keep {
+    Nothing,
+    Ids,
+    /// The id and the values of all features.
+    Values,
+}
+
 /// Makes decoders for a stream, after one was made to see that the mapping is sound.
-pub fn decoder(checked: &Checked, stream: Stream, keep_text: bool) -> Result<NewDecoder, Error> {
+pub fn decoder(checked: &Checked, stream: Stream, keep: Keep) -> Result<NewDecoder, Error> {
     let (settings, schema) = match stream {
         Stream::Impressions => (checked.config.impressions.record.clone(), Some(checked.schema.clone())),
         Stream::Clicks => {
@@ -178,7 +187,10 @@ pub fn decoder(checked: &Checked, stream: Stream, keep_text: bool) -> Result<New
             (clicks.record.clone(), None)
         }
     };
-    let make = move || Decoder::new(stream, &settings, schema.as_ref(), keep_text);
+    let make = move || {
+        let decoder = Decoder::new(stream, &settings, schema.as_ref(), keep == Keep::Ids)?;
+        Ok::<_, source::decode::Error>(if keep == Keep::Values { decoder.keeping_values() } else { decoder })
+    };
     make()?;
     Ok(Arc::new(move || Box::new(make().expect("made once before")) as Box<dyn Decode>))
 }
@@ -192,8 +204,14 @@ pub fn open(
 ) -> Result<Input, Error> {
     let follow = options.follows();
     let config = &checked.config;
-    let impressions = Feed::open(checked, Stream::Impressions, &config.impressions, options.predictions.is_some())?;
-    let clicks = config.clicks.as_ref().map(|clicks| Feed::open(checked, Stream::Clicks, clicks, false)).transpose()?;
+    let keep = match options.predictions {
+        _ if core.keeps_examples() => Keep::Values,
+        Some(_) => Keep::Ids,
+        None => Keep::Nothing,
+    };
+    let impressions = Feed::open(checked, Stream::Impressions, &config.impressions, keep)?;
+    let clicks = config.clicks.as_ref();
+    let clicks = clicks.map(|clicks| Feed::open(checked, Stream::Clicks, clicks, Keep::Nothing)).transpose()?;
     let feeds: Vec<Feed> = std::iter::once(impressions).chain(clicks).collect();
     same_partitions(&feeds)?;
     let mut found = Vec::new();

@@ -3,6 +3,7 @@
 pub mod control;
 pub mod dead_letters;
 pub mod demo;
+pub mod examples;
 pub mod exporter;
 pub mod handover;
 pub mod input;

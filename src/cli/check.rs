@@ -48,7 +48,7 @@ impl Check {
         let mut streams = vec![(Stream::Impressions, &config.impressions)];
         streams.extend(config.clicks.as_ref().map(|clicks| (Stream::Clicks, clicks)));
         for (stream, settings) in &streams {
-            input::decoder(&checked, *stream, false)?;
+            input::decoder(&checked, *stream, input::Keep::Nothing)?;
             match (settings.source.find(&format!("{}.source", stream.name()))?, &config.kafka) {
                 (Origin::Files(files), _) => {
                     let schema = (*stream == Stream::Impressions).then_some(schema);

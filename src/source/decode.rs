@@ -8,6 +8,7 @@
 //! A [`Row`] of a table gives its values at the same trie, so what becomes of a value does not depend on the format.
 
 mod json;
+pub mod kept;
 pub mod request;
 mod row;
 
@@ -271,6 +272,8 @@ pub struct Walker {
     problem: String,
     /// The node at which it was refused.
     refused: usize,
+    /// Values as they came; only where they are wanted.
+    kept: Option<kept::Kept>,
 }
 
 impl super::Decode for Decoder {
@@ -317,6 +320,7 @@ impl Decoder {
             slate: None,
             problem: String::new(),
             refused: ROOT,
+            kept: None,
         };
         let mut decoder = Self {
             walker,
@@ -414,6 +418,13 @@ impl Decoder {
         self
     }
 
+    /// From now on the text of each event is its id and the values that its features took: see [`kept::read`].
+    #[must_use]
+    pub fn keeping_values(mut self) -> Self {
+        self.walker.kept = Some(kept::Kept::default());
+        self
+    }
+
     /// Says how a record is decoded, event by event, or why it is rejected. For `tidemill check`; slow.
     pub fn describe(&mut self, raw: &[u8]) -> Result<Vec<EventView>, String> {
         self.describe_raw(Raw::Text(raw))
@@ -497,6 +508,7 @@ impl Decoder {
             return self.walker.refuse_event(Target::Slate, "is missing");
         };
         json.seek(slate);
+        self.walker.begin_elements();
         let mut rows = 0;
         let mut more = json.open(b']')?;
         while more {
@@ -521,6 +533,7 @@ impl Decoder {
         let Some(elements) = row.elements() else {
             return self.walker.refuse_event(Target::Slate, "is missing");
         };
+        self.walker.begin_elements();
         for element in 0..elements {
             self.clear_element();
             row.give_element(element, &mut self.walker)?;
@@ -565,8 +578,8 @@ impl Decoder {
                     }
                 };
                 id = xxh3_64_with_seed(raw, u64::from(row)).max(1);
-                if self.keep_text {
-                    out.text.extend_from_slice(format!("{id:016x}").as_bytes());
+                if self.keep_text || self.walker.kept.is_some() {
+                    keep_id(format!("{id:016x}").as_bytes(), &self.walker.kept, out);
                 }
             } else {
                 let text = match &fields.id[..] {
@@ -587,8 +600,8 @@ impl Decoder {
                     return self.walker.refuse_event(Target::Id(0), &problem);
                 }
                 id = id_of(text);
-                if self.keep_text {
-                    out.text.extend_from_slice(text);
+                if self.keep_text || self.walker.kept.is_some() {
+                    keep_id(text, &self.walker.kept, out);
                 }
             }
         }
@@ -645,6 +658,14 @@ impl Decoder {
     }
 }
 
+/// Keeps the text of an id, with the values if they are kept.
+fn keep_id(id: &[u8], kept: &Option<kept::Kept>, out: &mut Chunk) {
+    match kept {
+        Some(kept) => kept.write(id, &mut out.text),
+        None => out.text.extend_from_slice(id),
+    }
+}
+
 /// Where a record is in its partition.
 #[derive(Clone, Copy)]
 struct Place<'a> {
@@ -664,6 +685,16 @@ impl Walker {
         self.slate = None;
         if let Some(encoder) = &mut self.encoder {
             encoder.reset();
+        }
+        if let Some(kept) = &mut self.kept {
+            kept.begin();
+        }
+    }
+
+    /// All of the record but the elements of its slate was walked.
+    fn begin_elements(&mut self) {
+        if let Some(kept) = &mut self.kept {
+            kept.begin_elements();
         }
     }
 
@@ -885,6 +916,9 @@ impl Walker {
     #[inline]
     fn feature(&mut self, feature: usize, value: Scalar<'_>) -> Result<(), Mismatch> {
         let Some(encoder) = &mut self.encoder else { return Ok(()) };
+        if let Some(kept) = &mut self.kept {
+            kept.keep(feature, encoder.schema().kind(feature) == Some(FeatureKind::Numeric), value);
+        }
         match value {
             Scalar::Null => {
                 encoder.push_null(feature);
@@ -981,6 +1015,9 @@ impl Walker {
                     },
                 };
                 let Some(encoder) = &mut self.encoder else { continue };
+                if let Some(kept) = &mut self.kept {
+                    kept.keep_weighted(feature, &self.key, weight);
+                }
                 encoder.push_weighted(feature, &self.key, weight)
             } else {
                 self.feature(feature, value)
@@ -1030,7 +1067,7 @@ impl Walker {
 }
 
 impl Scalar<'_> {
-    fn number(&self) -> Option<f64> {
+    pub(super) fn number(&self) -> Option<f64> {
         match *self {
             Self::I64(v, _) => Some(v as f64),
             Self::U64(v, _) => Some(v as f64),
@@ -1094,6 +1131,9 @@ fn shortened(text: &str) -> &str {
 
 impl Decoder {
     fn clear_element(&mut self) {
+        if let Some(kept) = &mut self.walker.kept {
+            kept.begin_element();
+        }
         let fields = &mut self.walker.fields;
         for &target in &self.of_element {
             match target {

@@ -16,6 +16,7 @@
 //! and up to `queue` decoded chunks.
 
 mod columns;
+pub mod sink;
 
 use std::fs::{self, File};
 use std::io;
