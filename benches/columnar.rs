@@ -163,7 +163,16 @@ fn schema() -> Schema {
 /// Million events a second, and a digest of what was read.
 fn run(path: &Path, decoder: &NewDecoder, partitions: usize, threads: usize) -> (f64, u64) {
     let (from, stream, mode) = (NextOffset::default(), Stream::Impressions, Mode::Bounded);
-    let spec = Spec { path: path.into(), stream, mode, from, decoder: decoder.clone(), max_record: 1 << 20, queue: 4 };
+    let spec = Spec {
+        path: path.into(),
+        object: None,
+        stream,
+        mode,
+        from,
+        decoder: decoder.clone(),
+        max_record: 1 << 20,
+        queue: 4,
+    };
     let begun = Instant::now();
     let (_sources, mut parts, recycler) = Sources::open(vec![spec; partitions], threads).unwrap();
     let (mut events, mut digest, mut open) = (0, 0_u64, partitions);

@@ -79,6 +79,7 @@ const FOREIGN: &[(&str, &[&str])] = &[
         &[
             "src/app/demo/",
             "src/app/exporter.rs",
+            "src/app/objects.rs",
             "src/app/publisher.rs",
             "src/app/retrain.rs",
             "src/app/warm.rs",

@@ -352,7 +352,16 @@ type Seen = (u64, i64, i64, u32, f32, Kind, u64, Vec<Slot>, String);
 
 fn read(path: &Path, decoder: &NewDecoder) -> Vec<Seen> {
     let (stream, mode, from) = (Stream::Impressions, Mode::Bounded, NextOffset::default());
-    let spec = Spec { path: path.into(), stream, mode, from, decoder: decoder.clone(), max_record: 1 << 20, queue: 4 };
+    let spec = Spec {
+        path: path.into(),
+        object: None,
+        stream,
+        mode,
+        from,
+        decoder: decoder.clone(),
+        max_record: 1 << 20,
+        queue: 4,
+    };
     let (_sources, mut partitions, _) = Sources::open(vec![spec], 2).unwrap();
     let mut seen = Vec::new();
     loop {

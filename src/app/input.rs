@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use super::dead_letters::DeadLetters;
 use super::job::{Error, Options};
 use super::keeper::Durable;
+use super::objects;
 use crate::clock;
 use crate::config::{self, Checked, StreamSettings};
 use crate::event::{Kind, Stream, Time};
@@ -68,7 +69,22 @@ impl Feed {
             return Ok(log.partitions().into_iter().map(|name| Found { feed, name, spec: None }).collect());
         }
         let Origin::Files(files) = self.settings.find(&key(self.stream))? else { unreachable!("it has no log") };
-        let specs = files.specs(self.stream, follow, &self.decoder, |_| NextOffset::default());
+        let mut remote = Vec::new();
+        for pattern in &files.objects {
+            if follow {
+                return Err(Error::Config(config::Error::Setting {
+                    key: format!("{}.paths", key(self.stream)),
+                    expected:
+                        "may name objects of a store only in a run that ends (--until-end, or --until without --follow)"
+                            .into(),
+                    value: format!("`{pattern}`"),
+                }));
+            }
+            remote.extend(objects::find(pattern)?);
+        }
+        remote.sort_by(|a, b| a.0.cmp(&b.0));
+        remote.dedup_by(|a, b| a.0 == b.0);
+        let specs = files.specs(self.stream, follow, &self.decoder, remote, |_| NextOffset::default());
         let found = |spec: source::Spec| Found { feed, name: file::name_of(&spec.path), spec: Some(spec) };
         Ok(specs.into_iter().map(found).collect())
     }

@@ -9,6 +9,7 @@ pub mod handover;
 pub mod input;
 pub mod job;
 pub mod keeper;
+pub mod objects;
 pub mod operator;
 pub mod predictions;
 pub mod publisher;

@@ -6,7 +6,7 @@ use anyhow::Context as _;
 
 use super::ConfigArgs;
 use crate::app::dead_letters::DeadLetters;
-use crate::app::{input, train};
+use crate::app::{input, objects, train};
 use crate::config::Checked;
 use crate::event::Stream;
 use crate::snapshot::store::Race;
@@ -54,13 +54,24 @@ impl Check {
                     let schema = (*stream == Stream::Impressions).then_some(schema);
                     let decoder = Decoder::new(*stream, &settings.record, schema, true)?;
                     for path in &files.paths {
-                        if columnar::is_parquet(path)? {
+                        if columnar::is_parquet(path, None)? {
                             columnar::describe(path, &decoder, 1)?;
                         } else {
                             file::first_records(path, 1, files.max_record)?;
                         }
                     }
-                    ok(stream.name(), format!("{} file(s) can be read", files.paths.len()))?;
+                    if !files.paths.is_empty() {
+                        ok(stream.name(), format!("{} file(s) can be read", files.paths.len()))?;
+                    }
+                    for pattern in &files.objects {
+                        let found = objects::find(pattern)?;
+                        let bytes: u64 = found.iter().map(|(_, object)| object.length()).sum();
+                        let count = found.len();
+                        ok(
+                            stream.name(),
+                            format!("`{pattern}`: {count} object(s) are there, {bytes} bytes, for runs that end"),
+                        )?;
+                    }
                 }
                 (Origin::Kafka(topics), Some(cluster)) => {
                     let log = Log::connect(*stream, cluster, &topics)?;
@@ -135,7 +146,7 @@ fn show(checked: &Checked, stream: Stream, settings: &crate::config::StreamSetti
         (Origin::Files(files), _) => {
             for path in &files.paths {
                 let (left, name) = (n - samples.len(), file::name_of(path));
-                if columnar::is_parquet(path)? {
+                if columnar::is_parquet(path, None)? {
                     let rows = columnar::describe(path, &decoder, left)?;
                     samples.extend(rows.into_iter().map(|(row, events)| (format!("`{name}` at row {row}"), events)));
                     continue;

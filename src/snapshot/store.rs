@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::hash::{BuildHasher, Hasher, RandomState};
+use std::ops::Range;
 use std::path::{Path as FsPath, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,7 +19,7 @@ use bytes::{Bytes, BytesMut};
 use futures::TryStreamExt;
 use futures::stream::{self, StreamExt};
 use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
+use object_store::{GetOptions, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
 
 use super::address::{self, Limits, Place};
 use super::codec::Digest;
@@ -72,6 +73,16 @@ pub(super) enum Created {
     Ours,
     /// Not at all: the key holds these other bytes.
     Taken(Bytes),
+}
+
+/// An object as a list shows it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Part {
+    /// Below the prefix.
+    pub key: String,
+    pub size: u64,
+    /// Changes whenever the object is written; where a store gives none, a change is not noticed.
+    pub tag: Option<String>,
 }
 
 /// How writers fared who raced for the same keys.
@@ -185,6 +196,32 @@ impl Store {
             let reason = format!("is entry {} of channel `{}`, which is not its place", entry.number, entry.channel);
             Err(Error::Content { key, reason })
         }
+    }
+
+    /// All objects directly below the prefix, whatever they are.
+    pub async fn parts(&self) -> Result<Vec<Part>> {
+        let list = self.attempt(|| self.inner.list_with_delimiter(None)).await;
+        let list = list.map_err(|source| self.refusal("", source))?;
+        let part = |meta: ObjectMeta| Part { key: meta.location.to_string(), size: meta.size, tag: meta.e_tag };
+        Ok(list.objects.into_iter().map(part).collect())
+    }
+
+    /// Bytes of an object that was listed; none if it is gone or was written anew since.
+    pub async fn read_part(&self, part: &Part, range: Range<u64>) -> Result<Option<Bytes>> {
+        let path = Path::from(part.key.as_str());
+        let length = range.end - range.start;
+        let get = || async {
+            let options =
+                GetOptions { range: Some(range.clone().into()), if_match: part.tag.clone(), ..GetOptions::default() };
+            self.inner.get_opts(&path, options).await?.bytes().await
+        };
+        let bytes = match self.attempt(get).await {
+            Err(object_store::Error::Precondition { .. }) => return Ok(None),
+            answer => self.found(&part.key, answer)?,
+        };
+        let Some(bytes) = bytes.filter(|bytes| bytes.len() as u64 == length) else { return Ok(None) };
+        self.counts.read.fetch_add(length, Ordering::Relaxed);
+        Ok(Some(bytes))
     }
 
     // ------------------------------------------------------------------------------------------------- plain requests

@@ -4,6 +4,7 @@
 //! one bounded queue, on which the decoded blocks arrive in order. Blocks of all partitions are decoded by one pool of
 //! workers. A worker never waits for a queue, so a partition whose records nobody takes stops its own reader and nothing
 //! else.
+pub mod blob;
 pub mod columnar;
 pub mod decode;
 pub mod file;
@@ -74,6 +75,9 @@ pub enum Error {
 
     #[error("`{pattern}` matches no file; a pattern may hold `*` and `?` in its last part, after the last `/`")]
     NoMatch { pattern: String },
+
+    #[error("`{pattern}` cannot be read: {why}")]
+    Store { pattern: String, why: String },
 
     #[error("`{key}` must be {expected}, got {value}")]
     Setting { key: String, expected: &'static str, value: String },

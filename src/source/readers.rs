@@ -44,7 +44,7 @@ impl Sources {
         let open = |spec: Spec| {
             let queue = Queue::new(name_of(&spec.path), spec.queue);
             let (stream, desk, stop) = (spec.stream, &self.pool.desk, Arc::clone(&self.stop));
-            let run: Box<dyn FnOnce() + Send> = if columnar::is_parquet(&spec.path)? {
+            let run: Box<dyn FnOnce() + Send> = if columnar::is_parquet(&spec.path, spec.object.as_ref())? {
                 let reader = columnar::Reader::open(spec, Arc::clone(&queue), desk, stop)?;
                 Box::new(|| reader.run())
             } else {

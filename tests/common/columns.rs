@@ -22,6 +22,8 @@ use serde_json::Value;
 pub struct Layout {
     /// Rows in a row group.
     pub group: usize,
+    /// Most rows in a page.
+    pub page: usize,
     pub dictionary: bool,
     pub compressed: bool,
     /// Columns, and members of structs, in falling order of their names.
@@ -44,7 +46,16 @@ pub enum Time {
 impl Default for Layout {
     fn default() -> Self {
         let (group, time, none) = (1 << 20, Time::Millis, |_: &str| false);
-        Self { group, dictionary: true, compressed: true, reversed: false, time, as_text: none, as_map: none }
+        Self {
+            group,
+            page: 400,
+            dictionary: true,
+            compressed: true,
+            reversed: false,
+            time,
+            as_text: none,
+            as_map: none,
+        }
     }
 }
 
@@ -63,7 +74,7 @@ pub fn write(path: &Path, records: &[Value], layout: &Layout) {
         .set_dictionary_enabled(layout.dictionary)
         .set_compression(compression)
         .set_statistics_enabled(EnabledStatistics::Chunk)
-        .set_data_page_row_count_limit(layout.group.min(400))
+        .set_data_page_row_count_limit(layout.page)
         .set_write_batch_size(100)
         .build();
     let mut writer = ArrowWriter::try_new(File::create(path).unwrap(), batch.schema(), Some(properties)).unwrap();

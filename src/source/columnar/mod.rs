@@ -18,21 +18,23 @@
 mod columns;
 pub mod sink;
 
-use std::fs::{self, File};
-use std::io;
-use std::os::unix::fs::FileExt as _;
+use std::fs;
+use std::io::{self, BufReader};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use arrow_array::RecordBatch;
+use bytes::Bytes;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
 use parquet::basic::Compression;
 use parquet::errors::ParquetError;
+use parquet::file::reader::{ChunkReader, Length};
 
 use crate::position::{Fingerprint, NextOffset};
+use crate::source::blob::{self, Blob, Object, Stream};
 use crate::source::decode::{Decoder, EventView};
 use crate::source::file::{Mode, Spec};
 use crate::source::pool::{self, Content, Desk, Halt, Job, Queue, RECORDS, Stop};
@@ -63,16 +65,13 @@ impl Rows {
     }
 }
 
-/// Whether the file at `path` is read as Parquet.
-pub fn is_parquet(path: &Path) -> Result<bool, Error> {
+/// Whether the file at `path`, or the object of this name, is read as Parquet.
+pub fn is_parquet(path: &Path, object: Option<&Arc<dyn Object>>) -> Result<bool, Error> {
     let unreadable = |source| Error::Unreadable { file: path.to_owned(), source };
     let refuse = |problem: &str| Err(Error::Parquet { file: path.to_owned(), problem: problem.into() });
-    let file = File::open(path).map_err(unreadable)?;
-    if !file.metadata().map_err(unreadable)?.is_file() {
-        return Ok(false);
-    }
+    let blob = Blob::open(path, object).map_err(unreadable)?;
     let mut magic = [0; 4];
-    match file.read_exact_at(&mut magic, 0) {
+    match blob.read_exact_at(&mut magic, 0) {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
         Err(error) => return Err(unreadable(error)),
@@ -94,7 +93,7 @@ const INCOMPLETE: &str = "it does not end as a Parquet file does, so it is being
 
 /// A file that was opened, with what is to be read of it.
 struct Opened {
-    file: File,
+    blob: Blob,
     metadata: ArrowReaderMetadata,
     projection: ProjectionMask,
     fingerprint: Fingerprint,
@@ -106,18 +105,18 @@ struct Opened {
 }
 
 impl Opened {
-    fn open(path: &Path, decoder: &dyn Decode) -> Result<Self, Error> {
+    fn open(path: &Path, object: Option<&Arc<dyn Object>>, decoder: &dyn Decode) -> Result<Self, Error> {
         let unreadable = |source| Error::Unreadable { file: path.to_owned(), source };
         let refuse = |problem: String| Error::Parquet { file: path.to_owned(), problem };
         let Some(decoder) = decoder.as_decoder() else {
             return Err(refuse("what reads it does not name the columns that it needs".into()));
         };
-        let file = File::open(path).map_err(unreadable)?;
-        let length = file.metadata().map_err(unreadable)?.len();
-        let fingerprint = footer(&file, length).map_err(unreadable)?.ok_or_else(|| refuse(INCOMPLETE.into()))?;
+        let blob = Blob::open(path, object).map_err(unreadable)?;
+        let length = blob.length().map_err(unreadable)?;
+        let fingerprint = footer(&blob, length).map_err(unreadable)?.ok_or_else(|| refuse(INCOMPLETE.into()))?;
         // Types are those of Parquet, whatever the writer had in memory.
         let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
-        let metadata = guarded(|| ArrowReaderMetadata::load(&file, options))
+        let metadata = guarded(|| ArrowReaderMetadata::load(&Chunks::of(&blob, length), options))
             .map_err(|why| refuse(format!("its footer is damaged ({why}); put an intact copy in its place")))?;
         let choice = columns::choose(decoder, metadata.schema().fields()).map_err(refuse)?;
         let (mut bytes, mut rows) = (0, 0);
@@ -139,7 +138,7 @@ impl Opened {
             }
         }
         let projection = ProjectionMask::leaves(metadata.metadata().file_metadata().schema_descr(), choice.leaves);
-        Ok(Self { file, metadata, projection, fingerprint, length, rows, bytes, missing: choice.missing })
+        Ok(Self { blob, metadata, projection, fingerprint, length, rows, bytes, missing: choice.missing })
     }
 
     /// The rows from `first` on, up to `batch` at a time.
@@ -147,7 +146,7 @@ impl Opened {
         &self,
         first: u64,
         batch: usize,
-    ) -> Result<impl Iterator<Item = Result<RecordBatch, String>> + use<>, String> {
+    ) -> Result<impl Iterator<Item = Result<RecordBatch, Trouble>> + use<>, Trouble> {
         let mut skipped = 0;
         let mut groups = Vec::new();
         for (index, group) in self.metadata.metadata().row_groups().iter().enumerate() {
@@ -158,14 +157,23 @@ impl Opened {
                 groups.push(index);
             }
         }
-        let file = self.file.try_clone().map_err(|error| error.to_string())?;
-        let builder = ParquetRecordBatchReaderBuilder::new_with_metadata(file, self.metadata.clone())
+        let chunks = Chunks::of(&self.blob, self.length);
+        let unread = Arc::clone(&chunks.unread);
+        let builder = ParquetRecordBatchReaderBuilder::new_with_metadata(chunks, self.metadata.clone())
             .with_projection(self.projection.clone())
             .with_row_groups(groups)
             .with_offset((first - skipped) as usize)
             .with_batch_size(batch);
-        let mut reader = guarded(|| builder.build())?;
-        Ok(std::iter::from_fn(move || guarded(|| reader.next().transpose().map_err(ParquetError::from)).transpose()))
+        // What could not be read makes no sense either; the first of both is the reason.
+        let trouble = move |why| match pool::lock(&unread).take() {
+            Some(error) => Trouble::Unread(error),
+            None => Trouble::Damaged(why),
+        };
+        let mut reader = guarded(|| builder.build()).map_err(&trouble)?;
+        Ok(std::iter::from_fn(move || {
+            let batch = guarded(|| reader.next().transpose().map_err(ParquetError::from));
+            batch.map_err(&trouble).transpose()
+        }))
     }
 
     fn position(&self, row: u64) -> NextOffset {
@@ -173,8 +181,66 @@ impl Opened {
     }
 }
 
+/// Why rows cannot be read.
+enum Trouble {
+    Unread(io::Error),
+    Damaged(String),
+}
+
+impl Trouble {
+    fn at(self, file: &Path, row: u64) -> Error {
+        match self {
+            Self::Unread(source) => Error::Unreadable { file: file.to_owned(), source },
+            Self::Damaged(why) => Error::DamagedRows { file: file.to_owned(), row, why },
+        }
+    }
+}
+
+/// A file or an object, as the library of the format reads it.
+struct Chunks {
+    blob: Blob,
+    length: u64,
+    /// Why it could not be read, if it could not; the library makes a text of it.
+    unread: Arc<Mutex<Option<io::Error>>>,
+}
+
+impl Chunks {
+    fn of(blob: &Blob, length: u64) -> Self {
+        Self { blob: blob.clone(), length, unread: Arc::default() }
+    }
+}
+
+impl Length for Chunks {
+    fn len(&self) -> u64 {
+        self.length
+    }
+}
+
+impl ChunkReader for Chunks {
+    type T = BufReader<Stream>;
+
+    fn get_read(&self, start: u64) -> Result<Self::T, ParquetError> {
+        Ok(BufReader::new(self.blob.from(start)))
+    }
+
+    fn get_bytes(&self, start: u64, length: usize) -> Result<Bytes, ParquetError> {
+        if start.checked_add(length as u64).is_none_or(|end| end > self.length) {
+            return Err(ParquetError::EOF(format!("{length} bytes at {start} reach past its end")));
+        }
+        let mut bytes = vec![0; length];
+        self.blob.read_exact_at(&mut bytes, start).map_err(|error| {
+            let why = ParquetError::General(error.to_string());
+            if blob::is_unread(&error) {
+                pool::lock(&self.unread).get_or_insert(error);
+            }
+            why
+        })?;
+        Ok(bytes.into())
+    }
+}
+
 /// The fingerprint of a file's footer and length; `None` if it has no footer.
-fn footer(file: &File, length: u64) -> io::Result<Option<Fingerprint>> {
+fn footer(file: &Blob, length: u64) -> io::Result<Option<Fingerprint>> {
     let mut tail = [0; 8];
     if length < 12 {
         return Ok(None);
@@ -203,11 +269,10 @@ pub type Described = Result<Vec<EventView>, String>;
 
 /// How the first `n` rows of a file are decoded, with their numbers. For looking at it.
 pub fn describe(path: &Path, decoder: &Decoder, n: usize) -> Result<Vec<(u64, Described)>, Error> {
-    let opened = Opened::open(path, decoder)?;
-    let damaged = |why| Error::DamagedRows { file: path.to_owned(), row: 0, why };
+    let opened = Opened::open(path, None, decoder)?;
     let (mut decoder, mut views) = (decoder.clone(), Vec::new());
-    for batch in opened.read(0, n.clamp(1, ROWS)).map_err(damaged)? {
-        let batch = batch.map_err(damaged)?;
+    for batch in opened.read(0, n.clamp(1, ROWS)).map_err(|trouble| trouble.at(path, 0))? {
+        let batch = batch.map_err(|trouble| trouble.at(path, 0))?;
         let table = Table::new(&decoder, batch.schema_ref().fields(), batch.columns());
         let table = table.map_err(|problem| Error::Parquet { file: path.to_owned(), problem })?;
         for row in 0..batch.num_rows().min(n - views.len()) {
@@ -233,7 +298,7 @@ pub(super) struct Reader {
 impl Reader {
     pub(super) fn open(spec: Spec, queue: Arc<Queue>, desk: &Desk, stop: Arc<Stop>) -> Result<Self, Error> {
         let decoder = (spec.decoder)();
-        let opened = Opened::open(&spec.path, decoder.as_ref())?;
+        let opened = Opened::open(&spec.path, spec.object.as_ref(), decoder.as_ref())?;
         if !opened.missing.is_empty() {
             let columns = opened.missing.join(", ");
             tracing::warn!(file = %spec.path.display(), columns, "columns that the config names are not in this file: they count as missing");
@@ -271,15 +336,16 @@ impl Reader {
 
     fn read(&self) -> Result<(), Halt> {
         let mut row = self.spec.from.offset;
-        let damaged = |row, why| Error::DamagedRows { file: self.spec.path.clone(), row, why };
+        let file = &self.spec.path;
         if row < self.opened.rows {
-            for batch in self.opened.read(row, ROWS).map_err(|why| damaged(row, why))? {
-                let batch = batch.map_err(|why| damaged(row, why))?;
+            for batch in self.opened.read(row, ROWS).map_err(|trouble| trouble.at(file, row))? {
+                let batch = batch.map_err(|trouble| trouble.at(file, row))?;
                 row = self.hand_on(row, &batch)?;
             }
         }
         if row != self.opened.rows {
-            return Err(damaged(row, format!("it should have {} rows", self.opened.rows)).into());
+            let why = format!("it should have {} rows", self.opened.rows);
+            return Err(Trouble::Damaged(why).at(file, row).into());
         }
         let next = self.opened.position(row);
         match self.spec.mode {
