@@ -225,3 +225,93 @@ fn examples_that_are_there_are_not_written_over() {
         assert!(said.contains("there are examples already"), "{said}");
     }
 }
+
+#[test]
+fn labelled_slates_with_every_kind_of_feature_are_learned_to_the_same_weights() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut lines = String::new();
+    for i in 0..700_i64 {
+        let ts = 1_767_225_600_000 + i * 40;
+        let items: Vec<String> = (0..1 + i % 4)
+            .map(|j| {
+                let k = (i * 31 + j * 7) % 53;
+                let tags = ["[]", "[\"a\",\"b\"]", "[\"c\",null,\"a\"]", "{\"a\":0.25,\"d\":2}"][(k % 4) as usize];
+                format!(
+                    "{{\"id\":{k},\"y\":{},\"price\":{},\"tags\":{tags},\"w\":{}}}",
+                    i32::from(k % 5 == 0),
+                    if k % 6 == 0 { "null".into() } else { format!("{}.125", k * 3 - 40) },
+                    1 + k % 3
+                )
+            })
+            .collect();
+        let user = if i % 9 == 0 { "null".into() } else { format!("{{\"age\":{},\"vip\":{}}}", i % 70, i % 2 == 0) };
+        let history = ["[]", "[1,2,3]", "[\"x\"]", "null"][(i % 4) as usize];
+        let items = items.join(",");
+        lines.push_str(&format!(
+            "{{\"req\":\"r{i}\",\"ts\":{ts},\"u\":{user},\"time\":{},\"h\":{history},\"items\":[{items}]}}\n",
+            i % 24
+        ));
+    }
+    std::fs::write(dir.path().join("in.jsonl"), lines).unwrap();
+    let text = format!(
+        r#"
+[impressions]
+max_out_of_order = "1s"
+max_ahead = "1s"
+source = {{ paths = ["{0}/in.jsonl"] }}
+record = {{ id = ["req", ".id"], explode = "items", label = ".y", weight = ".w" }}
+[batch]
+examples = 50
+[model.logistic]
+prior_ctr = 0.2
+[[features]]
+name = "item"
+from = ".id"
+[[features]]
+name = "label"
+from = "u.vip"
+[[features]]
+name = "time"
+kind = "numeric"
+as = "bins"
+bins = [6, 12.5, 18]
+[[features]]
+name = "age"
+from = "u.age"
+kind = "numeric"
+per_octave = 4
+[[features]]
+name = "price"
+from = ".price"
+kind = "numeric"
+as = "value"
+clip = [-30, 90]
+scale = 0.1
+log = true
+[[features]]
+name = "tags"
+from = ".tags"
+kind = "multi"
+max_len = 2
+[[features]]
+name = "h.last"
+from = "h"
+kind = "sequence"
+max_len = 2
+[[crosses]]
+of = ["item", "tags"]
+"#,
+        dir.path().display()
+    );
+    std::fs::write(dir.path().join("job.toml"), text).unwrap();
+    let out = dir.path().join("e");
+    let mut command = Command::new(TIDEMILL);
+    command.args(["examples", "--json", "--until-end", "--weighted", "tags", "-c"]).arg(dir.path().join("job.toml"));
+    let written = summary(&command.arg("--out").arg(&out).output().unwrap());
+    let names: Vec<_> = read(&files(&written))[0].schema().fields().iter().map(|f| f.name().clone()).collect();
+    assert_eq!(names[5..12], ["item", "feature_label", "feature_time", "age", "price", "tags", "h.last"]);
+    let (direct, again) = (train(&dir.path().join("job.toml")), train(&out.join("job.toml")));
+    assert!(direct["examples"].as_u64().unwrap() > 1500 && direct["counts"]["rejected"] == 0);
+    assert_eq!(direct["model_digest"], again["model_digest"]);
+    assert_eq!(direct["counts"]["positives"], again["counts"]["positives"]);
+}
