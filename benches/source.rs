@@ -70,7 +70,7 @@ fn main() {
             let run = || {
                 let (from, decoder) = (NextOffset::default(), Arc::clone(&decoder));
                 let (stream, mode, path) = (Stream::Impressions, Mode::Bounded, path.clone());
-                let spec = Spec { path, stream, mode, from, decoder, max_record: 1 << 20, queue: 4 };
+                let spec = Spec { path, object: None, stream, mode, from, decoder, max_record: 1 << 20, queue: 4 };
                 let begun = Instant::now();
                 let (_sources, mut parts, recycler) = Sources::open(vec![spec; partitions], threads).unwrap();
                 let mut lines = 0;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::event::Time;
-use crate::feature::schema::{CrossSettings, FeatureSettings, Schema, Tower};
+use crate::feature::schema::{self, CrossSettings, FeatureSettings, Schema, Tower};
 use crate::merge::{self, Bounds, StreamRules};
 use crate::model::two_tower::{self, Side};
 use crate::model::{self, logistic};
@@ -24,6 +24,8 @@ pub enum Error {
     Unreadable { path: PathBuf, source: std::io::Error },
     #[error("config `{}`", path.display())]
     Syntax { path: PathBuf, source: Box<toml::de::Error> },
+    #[error("the config cannot be written as TOML")]
+    Unwritable { source: Box<toml::ser::Error> },
     #[error("`--set {text}`: {reason}; write it as key.path=value with a TOML value, such as batch.examples=1024")]
     Override { text: String, reason: String },
     #[error("`{key}` {expected}, got {value}")]
@@ -410,9 +412,28 @@ impl Config {
     }
 
     /// The file that gives these settings.
-    #[must_use]
-    pub fn to_toml(&self) -> String {
-        toml::to_string(self).expect("settings are plain data")
+    pub fn to_toml(&self) -> Result<String, Error> {
+        toml::to_string(self).map_err(|source| Error::Unwritable { source: Box::new(source) })
+    }
+
+    /// The configuration, as TOML, of a job that learns from the examples of this one, which lie in Parquet files at `path`
+    /// with a column `columns[i]` for feature i. It writes nothing anywhere until it is told to.
+    pub fn over_examples(mut self, path: String, columns: &[String]) -> Result<String, Error> {
+        (self.clicks, self.kafka, self.checkpoint, self.snapshots, self.dead_letters) = (None, None, None, None, None);
+        self.telemetry = TelemetrySettings::default();
+        let stream = &mut self.impressions;
+        stream.source = source::Settings { paths: vec![path], ..source::Settings::default() };
+        stream.max_ahead = stream.max_ahead.min(stream.max_out_of_order);
+        stream.record = RecordSettings {
+            time: "time".into(),
+            label: Some("label".into()),
+            weight: Some("weight".into()),
+            ..RecordSettings::default()
+        };
+        for (feature, column) in self.features.iter_mut().zip(columns) {
+            feature.from = Some(schema::Path { of_element: false, parts: vec![column.clone()] }.to_string());
+        }
+        self.to_toml()
     }
 
     /// Checks everything that can be checked without touching a file or a store.

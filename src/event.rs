@@ -116,7 +116,7 @@ pub struct Record {
     pub event_time: Time,
     /// When the log took it, if the log says; else [`Time::MIN`].
     pub log_time: Time,
-    /// Where the record starts in its partition: byte offset in the (decompressed) file, or Kafka offset.
+    /// Where the record starts in its partition: byte offset in the (decompressed) file, row of a Parquet file, or Kafka offset.
     pub offset: u64,
     /// Index inside the record's slate; 0 for records that hold one event.
     pub row: u32,

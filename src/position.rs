@@ -7,7 +7,7 @@ use std::fmt;
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NextOffset {
-    /// Byte offset in the decompressed file, or Kafka offset.
+    /// Byte offset in the decompressed file, row of a Parquet file, or Kafka offset.
     pub offset: u64,
     /// Of the record that ends at `offset`; [`Fingerprint::NONE`] at the start of a partition.
     pub before: Fingerprint,

@@ -71,6 +71,10 @@ const FOREIGN: &[(&str, &[&str])] = &[
     ("percent_encoding", &["src/snapshot/address.rs", "src/app/exporter.rs"]),
     ("flate2", &["src/source/file.rs", "src/cli/generate.rs"]),
     ("zstd", &["src/source/file.rs", "src/cli/generate.rs"]),
+    ("parquet", &["src/source/columnar/"]),
+    ("arrow_array", &["src/source/columnar/"]),
+    ("arrow_buffer", &["src/source/columnar/"]),
+    ("arrow_schema", &["src/source/columnar/"]),
     ("clap", &["src/cli/"]),
     ("anyhow", &["src/cli/"]),
     (
@@ -79,6 +83,7 @@ const FOREIGN: &[(&str, &[&str])] = &[
             "src/app/demo/",
             "src/app/exporter.rs",
             "src/app/mod.rs",
+            "src/app/objects.rs",
             "src/app/publisher.rs",
             "src/cli/",
             "src/snapshot/store.rs",

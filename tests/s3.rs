@@ -399,3 +399,39 @@ fn the_demo_over_a_bucket_keeps_its_promises() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && said.contains("already; give a prefix"), "{said}");
 }
+
+#[test]
+fn a_log_in_a_bucket_is_learned_to_the_bytes_of_the_same_files_and_resumed() {
+    let input = generate(&["-n", "9000", "--partitions", "2", "--disorder", "2s", "--late", "0.003", "--zst"]);
+    let dir = input.path().join("in");
+    let files = Job::over(&dir).train(&["--until-end"]);
+    let url = address("log", "");
+    let (place, options) = url.split_once('?').unwrap();
+    let prefix = place.rsplit_once('/').unwrap().1;
+    let bucket = object_store::aws::AmazonS3Builder::from_env()
+        .with_bucket_name(variable("TIDEMILL_TEST_S3_BUCKET"))
+        .with_endpoint(variable("TIDEMILL_TEST_S3"))
+        .with_allow_http(true)
+        .build()
+        .unwrap();
+    for entry in std::fs::read_dir(&dir).unwrap() {
+        let path = entry.unwrap().path();
+        let key = object_store::path::Path::from(format!("{prefix}/{}", path.file_name().unwrap().to_str().unwrap()));
+        let bytes = std::fs::read(&path).unwrap();
+        block_on(object_store::ObjectStoreExt::put(&bucket, &key, bytes.into())).unwrap();
+    }
+    let new = || {
+        let job = Job::over(&dir);
+        for stream in ["impressions", "clicks"] {
+            job.edit(&format!("{}/{stream}-*", dir.display()), &format!("{place}/{stream}-*?{options}"));
+        }
+        job
+    };
+    let whole = new().train(&["--until-end"]);
+    assert_eq!(files["model_digest"], whole["model_digest"]);
+    assert_eq!(files["order_digest"], whole["order_digest"]);
+    let job = new();
+    job.train(&["--until", "2026-01-01T00:01:12.5Z"]);
+    let resumed = job.train(&["--until-end"]);
+    assert_eq!((&resumed["resumed"], &resumed["order_digest"]), (&true.into(), &whole["order_digest"]));
+}

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::dead_letters::DeadLetters;
 use super::job::{Error, Journal, Options};
 use super::keeper::Durable;
+use super::objects;
 use crate::clock;
 use crate::config::{self, Checked, StreamSettings};
 use crate::event::{Kind, Stream, Time};
@@ -51,8 +52,8 @@ struct Found {
 }
 
 impl Feed {
-    fn open(checked: &Checked, stream: Stream, settings: &StreamSettings, keep_ids: bool) -> Result<Self, Error> {
-        let decoder = decoder(checked, stream, keep_ids)?;
+    fn open(checked: &Checked, stream: Stream, settings: &StreamSettings, keep: Keep) -> Result<Self, Error> {
+        let decoder = decoder(checked, stream, keep)?;
         let log = match (settings.source.find(&key(stream))?, &checked.config.kafka) {
             (Origin::Files(_), _) => None,
             (Origin::Kafka(topics), Some(cluster)) => Some(Log::connect(stream, cluster, &topics).map_err(kafka)?),
@@ -67,7 +68,22 @@ impl Feed {
             return Ok(log.partitions().into_iter().map(|name| Found { feed, name, spec: None }).collect());
         }
         let Origin::Files(files) = self.settings.find(&key(self.stream))? else { unreachable!("it has no log") };
-        let specs = files.specs(self.stream, follow, &self.decoder, |_| NextOffset::default());
+        let mut remote = Vec::new();
+        for pattern in &files.objects {
+            if follow {
+                return Err(Error::Config(config::Error::Setting {
+                    key: format!("{}.paths", key(self.stream)),
+                    expected:
+                        "may name objects of a store only in a run that ends (--until-end, or --until without --follow)"
+                            .into(),
+                    value: format!("`{pattern}`"),
+                }));
+            }
+            remote.extend(objects::find(pattern)?);
+        }
+        remote.sort_by(|a, b| a.0.cmp(&b.0));
+        remote.dedup_by(|a, b| a.0 == b.0);
+        let specs = files.specs(self.stream, follow, &self.decoder, remote, |_| NextOffset::default());
         let found = |spec: source::Spec| Found { feed, name: file::name_of(&spec.path), spec: Some(spec) };
         Ok(specs.into_iter().map(found).collect())
     }
@@ -168,8 +184,17 @@ fn fresh(name: &str, stream: Stream, from: NextOffset) -> PartitionPosition {
 /// How often it is looked for new partitions.
 const LOOK: Duration = Duration::from_secs(1);
 
+/// What is kept of an event as text.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Keep {
+    Nothing,
+    Ids,
+    /// The id and the values of all features.
+    Values,
+}
+
 /// Makes decoders for a stream, after one was made to see that the mapping is sound.
-pub fn decoder(checked: &Checked, stream: Stream, keep_text: bool) -> Result<NewDecoder, Error> {
+pub fn decoder(checked: &Checked, stream: Stream, keep: Keep) -> Result<NewDecoder, Error> {
     let (settings, schema) = match stream {
         Stream::Impressions => (checked.config.impressions.record.clone(), Some(checked.schema.clone())),
         Stream::Clicks => {
@@ -177,7 +202,10 @@ pub fn decoder(checked: &Checked, stream: Stream, keep_text: bool) -> Result<New
             (clicks.record.clone(), None)
         }
     };
-    let make = move || Decoder::new(stream, &settings, schema.as_ref(), keep_text);
+    let make = move || {
+        let decoder = Decoder::new(stream, &settings, schema.as_ref(), keep == Keep::Ids)?;
+        Ok::<_, source::decode::Error>(if keep == Keep::Values { decoder.keeping_values() } else { decoder })
+    };
     make()?;
     Ok(Arc::new(move || Box::new(make().expect("made once before")) as Box<dyn Decode>))
 }
@@ -191,8 +219,14 @@ pub fn open(
 ) -> Result<Input, Error> {
     let follow = options.follows();
     let config = &checked.config;
-    let impressions = Feed::open(checked, Stream::Impressions, &config.impressions, options.predictions.is_some())?;
-    let clicks = config.clicks.as_ref().map(|clicks| Feed::open(checked, Stream::Clicks, clicks, false)).transpose()?;
+    let keep = match options.predictions {
+        _ if core.keeps_examples() => Keep::Values,
+        Some(_) => Keep::Ids,
+        None => Keep::Nothing,
+    };
+    let impressions = Feed::open(checked, Stream::Impressions, &config.impressions, keep)?;
+    let clicks = config.clicks.as_ref();
+    let clicks = clicks.map(|clicks| Feed::open(checked, Stream::Clicks, clicks, Keep::Nothing)).transpose()?;
     let feeds: Vec<Feed> = std::iter::once(impressions).chain(clicks).collect();
     same_partitions(&feeds)?;
     let mut found = Vec::new();

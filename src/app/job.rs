@@ -149,6 +149,8 @@ pub enum Error {
         dir.display()
     )]
     OtherBranch { dir: PathBuf, found: String, expected: String },
+    #[error(transparent)]
+    Examples(#[from] source::columnar::sink::Error),
     #[error("a thread cannot be started: {0}")]
     Thread(#[source] io::Error),
 }

@@ -3,11 +3,13 @@
 pub mod control;
 pub mod dead_letters;
 pub mod demo;
+pub mod examples;
 pub mod exporter;
 pub mod handover;
 pub mod input;
 pub mod job;
 pub mod keeper;
+pub mod objects;
 pub mod operator;
 pub mod predictions;
 pub mod publisher;

@@ -91,7 +91,7 @@ pub fn run(
     let mut topics = Topics::open(checked, &streams, "replay")?;
     let mut tapes = Vec::new();
     for (stream, patterns) in given {
-        let decoder = input::decoder(checked, *stream, true)?;
+        let decoder = input::decoder(checked, *stream, input::Keep::Ids)?;
         for path in expand(patterns)? {
             tapes.push(open(*stream, path, decoder())?);
         }

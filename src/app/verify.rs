@@ -328,7 +328,7 @@ fn first_weight(theirs: &Weights, ours: &Weights) -> Option<String> {
     let (a, b) = (theirs.weights(), ours.weights());
     if let Some((id, i, j)) = first_unequal(theirs.ids(), ours.ids(), |i, j| a[i] == b[j]) {
         let text = |w: &[f32], i: Option<usize>| i.map_or("not there".to_owned(), |i| w[i].to_string());
-        return Some(format!("logistic, row {id:016x}: {} published, {} replayed", text(a, i), text(b, j)));
+        return Some(format!("logistic, row {id:016x}: {} published, {} replayed", text(&a, i), text(&b, j)));
     }
     let (a, b) = (theirs.towers()?, ours.towers()?);
     if let Some((id, ..)) = first_unequal(a.ids(), b.ids(), |i, j| a.rows().same(i, b.rows(), j)) {
@@ -389,7 +389,8 @@ pub fn restart(
         }
         let file = dir.join("job.toml");
         let fail = |source| Error::Io { path: file.clone(), action: "write", source };
-        fs::create_dir_all(&dir).and_then(|()| fs::write(&file, config.to_toml())).map_err(fail)?;
+        let text = config.to_toml()?;
+        fs::create_dir_all(&dir).and_then(|()| fs::write(&file, text)).map_err(fail)?;
         let mut command = Command::new(executable);
         command.arg("train").arg("-c").arg(&file).arg("--json");
         match until {

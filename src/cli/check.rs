@@ -6,13 +6,13 @@ use anyhow::Context as _;
 
 use super::ConfigArgs;
 use crate::app::dead_letters::DeadLetters;
-use crate::app::{input, train};
+use crate::app::{input, objects, train};
 use crate::config::Checked;
 use crate::event::Stream;
 use crate::snapshot::store::Race;
 use crate::source::decode::{Decoder, EventView};
 use crate::source::kafka::Log;
-use crate::source::{Origin, file};
+use crate::source::{Origin, columnar, file};
 use crate::train::checkpoint::{self, Checkpoints};
 
 /// Check a configuration: every setting, every file, and every path the job will write to
@@ -48,13 +48,30 @@ impl Check {
         let mut streams = vec![(Stream::Impressions, &config.impressions)];
         streams.extend(config.clicks.as_ref().map(|clicks| (Stream::Clicks, clicks)));
         for (stream, settings) in &streams {
-            input::decoder(&checked, *stream, false)?;
+            input::decoder(&checked, *stream, input::Keep::Nothing)?;
             match (settings.source.find(&format!("{}.source", stream.name()))?, &config.kafka) {
                 (Origin::Files(files), _) => {
+                    let schema = (*stream == Stream::Impressions).then_some(schema);
+                    let decoder = Decoder::new(*stream, &settings.record, schema, true)?;
                     for path in &files.paths {
-                        file::first_records(path, 1, files.max_record)?;
+                        if columnar::is_parquet(path, None)? {
+                            columnar::describe(path, &decoder, 1)?;
+                        } else {
+                            file::first_records(path, 1, files.max_record)?;
+                        }
                     }
-                    ok(stream.name(), format!("{} file(s) can be read", files.paths.len()))?;
+                    if !files.paths.is_empty() {
+                        ok(stream.name(), format!("{} file(s) can be read", files.paths.len()))?;
+                    }
+                    for pattern in &files.objects {
+                        let found = objects::find(pattern)?;
+                        let bytes: u64 = found.iter().map(|(_, object)| object.length()).sum();
+                        let count = found.len();
+                        ok(
+                            stream.name(),
+                            format!("`{pattern}`: {count} object(s) are there, {bytes} bytes, for runs that end"),
+                        )?;
+                    }
                 }
                 (Origin::Kafka(topics), Some(cluster)) => {
                     let log = Log::connect(*stream, cluster, &topics)?;
@@ -128,22 +145,29 @@ fn show(checked: &Checked, stream: Stream, settings: &crate::config::StreamSetti
     match (settings.source.find(&format!("{}.source", stream.name()))?, &checked.config.kafka) {
         (Origin::Files(files), _) => {
             for path in &files.paths {
-                let records = file::first_records(path, n - samples.len(), files.max_record)?;
-                let place = |offset| format!("`{}` at byte {offset}", file::name_of(path));
-                samples.extend(records.into_iter().map(|(offset, raw)| (place(offset), raw)));
+                let (left, name) = (n - samples.len(), file::name_of(path));
+                if columnar::is_parquet(path, None)? {
+                    let rows = columnar::describe(path, &decoder, left)?;
+                    samples.extend(rows.into_iter().map(|(row, events)| (format!("`{name}` at row {row}"), events)));
+                    continue;
+                }
+                for (offset, raw) in file::first_records(path, left, files.max_record)? {
+                    samples.push((format!("`{name}` at byte {offset}"), decoder.describe(&raw)));
+                }
             }
         }
         (Origin::Kafka(topics), Some(cluster)) => {
             let records = Log::first_records(cluster, &topics, n)?;
-            samples
-                .extend(records.into_iter().map(|(name, offset, raw)| (format!("`{name}` at offset {offset}"), raw)));
+            for (name, offset, raw) in records {
+                samples.push((format!("`{name}` at offset {offset}"), decoder.describe(&raw)));
+            }
         }
         (Origin::Kafka(_), None) => unreachable!("the config was checked"),
     }
     let mut out = std::io::stdout().lock();
-    for (place, raw) in &samples {
+    for (place, events) in samples {
         writeln!(out, "\n{} {place}", stream.name())?;
-        match decoder.describe(raw) {
+        match events {
             Ok(events) => events.iter().try_for_each(|event| event_lines(&mut out, event))?,
             Err(reason) => writeln!(out, "  rejected: {reason}")?,
         }

@@ -2,6 +2,7 @@
 
 pub mod check;
 pub mod demo;
+pub mod examples;
 pub mod generate;
 pub mod operate;
 pub mod replay;
@@ -42,6 +43,7 @@ enum Command {
     Check(check::Check),
     Generate(generate::Generate),
     Replay(replay::Replay),
+    Examples(examples::Examples),
     Snapshots(snapshots::Snapshots),
 }
 
@@ -92,6 +94,7 @@ pub fn main() -> ExitCode {
         Command::Check(command) => command.run(),
         Command::Generate(command) => command.run(),
         Command::Replay(command) => command.run(),
+        Command::Examples(command) => command.run(),
         Command::Snapshots(command) => command.run(),
     };
     match result {

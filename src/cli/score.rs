@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use serde::Serialize;
 
+use crate::app::objects;
 use crate::config::Config;
 use crate::event::{Kind, Slot, Stream};
 use crate::feature::schema::Schema;
@@ -18,12 +19,13 @@ use crate::source::{Arrival, Decode, Origin, Settings, Sources};
 
 /// Score records offline, from a published snapshot
 ///
-/// Reads JSON lines and writes `id,logit,prediction` as CSV, or with --explain one JSON object a record that says what
+/// Reads JSON lines or Parquet and writes `id,logit,prediction` as CSV, or with --explain one JSON object a record that says what
 /// each feature contributed. Presentation features have their serving value unless --as-logged is given. Records that
 /// cannot be decoded are reported on stderr, and the exit code is 1.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Score {
-    /// JSON lines to score; plain, gzip or zstd. May be given often; `*` and `?` work in the last part of a path.
+    /// JSON lines (plain, gzip or zstd) or Parquet to score, or objects of a store by their address. May be given often; `*` and
+    /// `?` work in the last part of a path.
     #[arg(required = true, value_name = "FILE")]
     pub inputs: Vec<String>,
     /// Snapshot store: a directory.
@@ -95,7 +97,11 @@ impl Score {
         let settings = Settings { paths: self.inputs.clone(), ..Settings::default() };
         let new: crate::source::NewDecoder = new;
         let Origin::Files(files) = settings.find("FILE")? else { unreachable!("files are the default") };
-        let specs = files.specs(Stream::Impressions, false, &new, |_| NextOffset::default());
+        let mut found = Vec::new();
+        for pattern in &files.objects {
+            found.extend(objects::find(pattern)?);
+        }
+        let specs = files.specs(Stream::Impressions, false, &new, found, |_| NextOffset::default());
         let (_sources, partitions, recycler) = Sources::open(specs, 1)?;
 
         let mut out = BufWriter::new(std::io::stdout().lock());
@@ -115,7 +121,7 @@ impl Score {
                     if record.kind == Kind::Rejected {
                         rejected += 1;
                         let why = chunk.reason_of(index);
-                        eprintln!("`{}` at byte {}: {why}", partition.name(), record.offset);
+                        eprintln!("`{}` at offset {}: {why}", partition.name(), record.offset);
                         continue;
                     }
                     let id = String::from_utf8_lossy(chunk.text_of(record));

@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::hash::{BuildHasher, Hasher, RandomState};
+use std::ops::Range;
 use std::path::{Path as FsPath, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,7 +19,7 @@ use bytes::{Bytes, BytesMut};
 use futures::TryStreamExt;
 use futures::stream::{self, StreamExt};
 use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
+use object_store::{GetOptions, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
 
 use super::address::{self, Limits, Place};
 use super::codec::{self, Digest};
@@ -73,6 +74,16 @@ pub(super) enum Created {
     Ours,
     /// Not at all: the key holds these other bytes.
     Taken(Bytes),
+}
+
+/// An object as a list shows it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Part {
+    /// Below the prefix.
+    pub key: String,
+    pub size: u64,
+    /// Changes whenever the object is written; where a store gives none, a change is not noticed.
+    pub tag: Option<String>,
 }
 
 /// How writers fared who raced for the same keys.
@@ -186,6 +197,32 @@ impl Store {
             let reason = format!("is entry {} of channel `{}`, which is not its place", entry.number, entry.channel);
             Err(Error::Content { key, reason })
         }
+    }
+
+    /// All objects directly below the prefix, whatever they are.
+    pub async fn parts(&self) -> Result<Vec<Part>> {
+        let list = self.attempt(|| self.inner.list_with_delimiter(None)).await;
+        let list = list.map_err(|source| self.refusal("", source))?;
+        let part = |meta: ObjectMeta| Part { key: meta.location.to_string(), size: meta.size, tag: meta.e_tag };
+        Ok(list.objects.into_iter().map(part).collect())
+    }
+
+    /// Bytes of an object that was listed; none if it is gone or was written anew since.
+    pub async fn read_part(&self, part: &Part, range: Range<u64>) -> Result<Option<Bytes>> {
+        let path = Path::from(part.key.as_str());
+        let length = range.end - range.start;
+        let get = || async {
+            let options =
+                GetOptions { range: Some(range.clone().into()), if_match: part.tag.clone(), ..GetOptions::default() };
+            self.inner.get_opts(&path, options).await?.bytes().await
+        };
+        let bytes = match self.attempt(get).await {
+            Err(object_store::Error::Precondition { .. }) => return Ok(None),
+            answer => self.found(&part.key, answer)?,
+        };
+        let Some(bytes) = bytes.filter(|bytes| bytes.len() as u64 == length) else { return Ok(None) };
+        self.counts.read.fetch_add(length, Ordering::Relaxed);
+        Ok(Some(bytes))
     }
 
     // ------------------------------------------------------------------------------------------------- plain requests
@@ -329,7 +366,7 @@ impl Store {
     /// As [`Store::read`], for an object that should have `length` bytes: a large one comes from a bucket in parts,
     /// several at a time, or from anywhere one after the other at the pace that is set. One of another length is returned as it is.
     pub(super) async fn read_large(&self, key: &str, length: u64) -> Result<Option<Bytes>> {
-        let (part, _) = self.parts();
+        let (part, _) = self.pieces();
         let large = if self.pace.is_some() { length > part } else { self.local.is_none() && length > 2 * part };
         if !large {
             return self.read(key).await;
@@ -349,7 +386,7 @@ impl Store {
     }
 
     /// Bytes of a part that is read, and how many are under way at a time.
-    fn parts(&self) -> (u64, usize) {
+    fn pieces(&self) -> (u64, usize) {
         match self.pace {
             Some(pace) => ((pace / 20).clamp(1 << 14, 1 << 20), 1),
             None if self.local.is_some() => (1 << 20, 1),
@@ -360,7 +397,7 @@ impl Store {
     /// Hands the parts of an object, which has `length` bytes, to `take` in their order and at the pace that is set, until it says
     /// that it wants no more. False if the object is not there.
     async fn in_parts_of(&self, key: &str, length: u64, mut take: impl FnMut(&Bytes) -> bool) -> Result<bool> {
-        let (path, (part, parallel)) = (Path::from(key), self.parts());
+        let (path, (part, parallel)) = (Path::from(key), self.pieces());
         let began = tokio::time::Instant::now();
         let mut parts = stream::iter((0..length).step_by(part as usize))
             .map(|start| {

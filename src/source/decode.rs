@@ -1,12 +1,16 @@
-//! JSON lines to encoded records.
+//! JSON lines, and rows of tables, to encoded records.
 //!
 //! A [`Decoder`] walks the bytes of a record once, along a trie of the paths that the settings and the schema name, and
 //! pushes what it finds straight into the [`Encoder`]. There is no JSON value and no string per field. Members that no
 //! path names are checked and skipped. Records of one stream tend to have their keys in one order, so each object
 //! remembers which key came after which, and a key that comes where it is expected costs one comparison.
+//!
+//! A [`Row`] of a table gives its values at the same trie, so what becomes of a value does not depend on the format.
 
 mod json;
+pub mod kept;
 pub mod request;
+mod row;
 
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
@@ -17,7 +21,10 @@ use crate::feature::schema::{FeatureKind, Path, Schema, id_of};
 use crate::feature::{Encoder, Mismatch};
 use crate::position::Fingerprint;
 
-use json::{Expected, Scalar, Scanner, Stop};
+use json::{Expected, Scanner};
+pub use json::{Scalar, Stop};
+pub(super) use row::Raw;
+pub use row::Row;
 
 /// Times of records lie in `0..END_OF_TIME`: from 1970 to before 2200.
 pub const END_OF_TIME: i64 = 7_258_118_400_000;
@@ -150,16 +157,18 @@ pub struct Decoder {
     id_text: Vec<u8>,
     /// Where a string with escapes is put together.
     scratch: String,
+    /// The text of a row that has no id.
+    row_text: Vec<u8>,
     views: Option<Vec<EventView>>,
 }
 
 /// The nodes at which the two tries start.
-const ROOT: usize = 0;
-const ELEMENT: usize = 1;
+pub(super) const ROOT: usize = 0;
+pub(super) const ELEMENT: usize = 1;
 
 /// What a path is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Target {
+pub(super) enum Target {
     Id(usize),
     Time,
     LogTime,
@@ -248,7 +257,7 @@ struct Fields {
 
 /// The tries and what a walk along them fills.
 #[derive(Clone, Debug)]
-struct Walker {
+pub struct Walker {
     nodes: Vec<Node>,
     encoder: Option<Encoder>,
     time_format: TimeFormat,
@@ -263,11 +272,21 @@ struct Walker {
     problem: String,
     /// The node at which it was refused.
     refused: usize,
+    /// Values as they came; only where they are wanted.
+    kept: Option<kept::Kept>,
 }
 
 impl super::Decode for Decoder {
     fn decode(&mut self, raw: &[u8], offset: u64, before: Fingerprint, out: &mut Chunk) {
         self.decode(raw, offset, before, out);
+    }
+
+    fn decode_row(&mut self, row: &dyn Row, offset: u64, before: Fingerprint, out: &mut Chunk) {
+        self.take(Place { raw: Raw::Row(row), offset, before }, out);
+    }
+
+    fn as_decoder(&self) -> Option<&Self> {
+        Some(self)
     }
 }
 
@@ -301,6 +320,7 @@ impl Decoder {
             slate: None,
             problem: String::new(),
             refused: ROOT,
+            kept: None,
         };
         let mut decoder = Self {
             walker,
@@ -311,6 +331,7 @@ impl Decoder {
             of_element: Vec::new(),
             id_text: Vec::new(),
             scratch: String::new(),
+            row_text: Vec::new(),
             views: None,
         };
         if settings.explode.is_some() {
@@ -360,14 +381,18 @@ impl Decoder {
     /// Appends one record to `out`, several for a slate, or exactly one [`Kind::Rejected`] with its reason and its bytes.
     /// `out.next` and `out.bytes` are the reader's.
     pub fn decode(&mut self, raw: &[u8], offset: u64, before: Fingerprint, out: &mut Chunk) {
+        self.take(Place { raw: Raw::Text(raw), offset, before }, out);
+    }
+
+    fn take(&mut self, place: Place<'_>, out: &mut Chunk) {
+        let Place { raw, offset, before } = place;
         let (records, slots, text) = (out.records.len(), out.slots.len(), out.text.len());
-        let place = Place { raw, offset, before };
         if let Err(reason) = self.walk(place, out) {
             out.records.truncate(records);
             out.slots.truncate(slots);
             out.text.truncate(text);
             out.rejects.push((records as u32, reason));
-            out.text.extend_from_slice(raw);
+            raw.append_to(&mut out.text);
             out.records.push(Record {
                 id: 0,
                 event_time: Time::MIN,
@@ -378,7 +403,7 @@ impl Decoder {
                 slots_start: slots as u32,
                 slots_len: 0,
                 text_start: text as u32,
-                text_len: raw.len() as u32,
+                text_len: (out.text.len() - text) as u32,
                 before: before.0,
                 content: 0,
                 kind: Kind::Rejected,
@@ -393,8 +418,24 @@ impl Decoder {
         self
     }
 
+    /// From now on the text of each event is its id and the values that its features took: see [`kept::read`].
+    #[must_use]
+    pub fn keeping_values(mut self) -> Self {
+        self.walker.kept = Some(kept::Kept::default());
+        self
+    }
+
     /// Says how a record is decoded, event by event, or why it is rejected. For `tidemill check`; slow.
     pub fn describe(&mut self, raw: &[u8]) -> Result<Vec<EventView>, String> {
+        self.describe_raw(Raw::Text(raw))
+    }
+
+    /// The same for a row of a table.
+    pub fn describe_row(&mut self, row: &dyn Row) -> Result<Vec<EventView>, String> {
+        self.describe_raw(Raw::Row(row))
+    }
+
+    fn describe_raw(&mut self, raw: Raw<'_>) -> Result<Vec<EventView>, String> {
         let keep_text = std::mem::replace(&mut self.keep_text, true);
         self.keep_views(true);
         let mut chunk = Chunk::default();
@@ -429,8 +470,15 @@ impl Decoder {
     }
 
     fn walk(&mut self, place: Place<'_>, out: &mut Chunk) -> Result<(), String> {
-        let text =
-            std::str::from_utf8(place.raw).map_err(|e| format!("invalid UTF-8 after {} bytes", e.valid_up_to()))?;
+        let raw = match place.raw {
+            Raw::Text(raw) => raw,
+            Raw::Row(row) => {
+                self.walker.begin();
+                let walked = self.walk_row(row, place, out);
+                return walked.map_err(|_| std::mem::take(&mut self.walker.problem));
+            }
+        };
+        let text = std::str::from_utf8(raw).map_err(|e| format!("invalid UTF-8 after {} bytes", e.valid_up_to()))?;
         self.walker.begin();
         let mut json = Scanner::new(text);
         let mut scratch = std::mem::take(&mut self.scratch);
@@ -460,6 +508,7 @@ impl Decoder {
             return self.walker.refuse_event(Target::Slate, "is missing");
         };
         json.seek(slate);
+        self.walker.begin_elements();
         let mut rows = 0;
         let mut more = json.open(b']')?;
         while more {
@@ -470,6 +519,27 @@ impl Decoder {
             more = json.more(b']')?;
         }
         if rows == 0 {
+            return self.walker.refuse_event(Target::Slate, "is empty, so the record holds no event");
+        }
+        Ok(())
+    }
+
+    /// The same steps as [`walk_record`](Self::walk_record).
+    fn walk_row(&mut self, row: &dyn Row, place: Place<'_>, out: &mut Chunk) -> Result<(), Stop> {
+        row.give(&mut self.walker)?;
+        if !self.explodes || self.walker.fields.heartbeat {
+            return self.event(place, 0, out);
+        }
+        let Some(elements) = row.elements() else {
+            return self.walker.refuse_event(Target::Slate, "is missing");
+        };
+        self.walker.begin_elements();
+        for element in 0..elements {
+            self.clear_element();
+            row.give_element(element, &mut self.walker)?;
+            self.event(place, element as u32, out)?;
+        }
+        if elements == 0 {
             return self.walker.refuse_event(Target::Slate, "is empty, so the record holds no event");
         }
         Ok(())
@@ -499,9 +569,17 @@ impl Decoder {
                 if !self.labelled {
                     return self.walker.refuse_event(Target::Id(missing), "is missing: no id");
                 }
-                id = xxh3_64_with_seed(place.raw, u64::from(row)).max(1);
-                if self.keep_text {
-                    out.text.extend_from_slice(format!("{id:016x}").as_bytes());
+                let raw = match place.raw {
+                    Raw::Text(raw) => raw,
+                    of_row @ Raw::Row(_) => {
+                        self.row_text.clear();
+                        of_row.append_to(&mut self.row_text);
+                        &self.row_text
+                    }
+                };
+                id = xxh3_64_with_seed(raw, u64::from(row)).max(1);
+                if self.keep_text || self.walker.kept.is_some() {
+                    keep_id(format!("{id:016x}").as_bytes(), &self.walker.kept, out);
                 }
             } else {
                 let text = match &fields.id[..] {
@@ -522,8 +600,8 @@ impl Decoder {
                     return self.walker.refuse_event(Target::Id(0), &problem);
                 }
                 id = id_of(text);
-                if self.keep_text {
-                    out.text.extend_from_slice(text);
+                if self.keep_text || self.walker.kept.is_some() {
+                    keep_id(text, &self.walker.kept, out);
                 }
             }
         }
@@ -580,10 +658,18 @@ impl Decoder {
     }
 }
 
+/// Keeps the text of an id, with the values if they are kept.
+fn keep_id(id: &[u8], kept: &Option<kept::Kept>, out: &mut Chunk) {
+    match kept {
+        Some(kept) => kept.write(id, &mut out.text),
+        None => out.text.extend_from_slice(id),
+    }
+}
+
 /// Where a record is in its partition.
 #[derive(Clone, Copy)]
 struct Place<'a> {
-    raw: &'a [u8],
+    raw: Raw<'a>,
     offset: u64,
     before: Fingerprint,
 }
@@ -599,6 +685,16 @@ impl Walker {
         self.slate = None;
         if let Some(encoder) = &mut self.encoder {
             encoder.reset();
+        }
+        if let Some(kept) = &mut self.kept {
+            kept.begin();
+        }
+    }
+
+    /// All of the record but the elements of its slate was walked.
+    fn begin_elements(&mut self) {
+        if let Some(kept) = &mut self.kept {
+            kept.begin_elements();
         }
     }
 
@@ -798,7 +894,7 @@ impl Walker {
 
     /// Gives a scalar to all that the node is for.
     #[inline]
-    fn give(&mut self, node: usize, value: Scalar<'_>) -> Result<(), Stop> {
+    pub(super) fn give(&mut self, node: usize, value: Scalar<'_>) -> Result<(), Stop> {
         // Null is a missing object, but not a missing record.
         if self.nodes[node].goes_on && (!matches!(value, Scalar::Null) || self.nodes[node].is_root) {
             return self.refuse(node, &format!("is {}, but paths go on inside of it", value.name()));
@@ -820,6 +916,9 @@ impl Walker {
     #[inline]
     fn feature(&mut self, feature: usize, value: Scalar<'_>) -> Result<(), Mismatch> {
         let Some(encoder) = &mut self.encoder else { return Ok(()) };
+        if let Some(kept) = &mut self.kept {
+            kept.keep(feature, encoder.schema().kind(feature) == Some(FeatureKind::Numeric), value);
+        }
         match value {
             Scalar::Null => {
                 encoder.push_null(feature);
@@ -830,6 +929,7 @@ impl Walker {
             Scalar::U64(v, text) => encoder.push_integer(feature, v as f64, text),
             Scalar::F64(v) => encoder.push_f64(feature, v),
             Scalar::Str(v) => encoder.push_str(feature, v),
+            Scalar::Moment(ms) => encoder.push_i64(feature, ms),
         }
     }
 
@@ -844,12 +944,13 @@ impl Walker {
                     Scalar::U64(v, _) => v != 0,
                     Scalar::F64(v) => v != 0.0,
                     Scalar::Str(v) => !v.is_empty(),
+                    Scalar::Moment(_) => true,
                 };
                 return Ok(());
             }
             (_, Scalar::Null) => return Ok(()),
             (Target::Id(part), value) => {
-                let mut digits = Digits::default();
+                let (mut digits, mut moment) = (Digits::default(), itoa::Buffer::new());
                 let text = match value {
                     Scalar::Null => "",
                     Scalar::Bool(v) => {
@@ -862,6 +963,7 @@ impl Walker {
                     Scalar::I64(_, text) | Scalar::U64(_, text) => text,
                     Scalar::F64(v) => digits.f64(v),
                     Scalar::Str(v) => v,
+                    Scalar::Moment(ms) => moment.format(ms),
                 };
                 if text.len() <= LONGEST_ID {
                     fields.id[part].extend_from_slice(text.as_bytes());
@@ -900,7 +1002,7 @@ impl Walker {
     }
 
     /// Gives the element of an array, or the weight of an object's member, to the node's bags.
-    fn give_bags(&mut self, node: usize, weighted: bool, value: Scalar<'_>) -> Result<(), Stop> {
+    pub(super) fn give_bags(&mut self, node: usize, weighted: bool, value: Scalar<'_>) -> Result<(), Stop> {
         for i in 0..self.nodes[node].targets.len() {
             let Target::Bag(feature, _) = self.nodes[node].targets[i] else { continue };
             let given = if weighted {
@@ -913,6 +1015,9 @@ impl Walker {
                     },
                 };
                 let Some(encoder) = &mut self.encoder else { continue };
+                if let Some(kept) = &mut self.kept {
+                    kept.keep_weighted(feature, &self.key, weight);
+                }
                 encoder.push_weighted(feature, &self.key, weight)
             } else {
                 self.feature(feature, value)
@@ -925,7 +1030,7 @@ impl Walker {
     }
 
     #[cold]
-    fn refuse(&mut self, node: usize, problem: &str) -> Result<(), Stop> {
+    pub(super) fn refuse(&mut self, node: usize, problem: &str) -> Result<(), Stop> {
         let path = &self.nodes[node].path;
         self.refused = node;
         self.problem = if path.is_empty() { format!("the record {problem}") } else { format!("`{path}` {problem}") };
@@ -962,12 +1067,12 @@ impl Walker {
 }
 
 impl Scalar<'_> {
-    fn number(&self) -> Option<f64> {
+    pub(super) fn number(&self) -> Option<f64> {
         match *self {
             Self::I64(v, _) => Some(v as f64),
             Self::U64(v, _) => Some(v as f64),
             Self::F64(v) => Some(v),
-            Self::Null | Self::Bool(_) | Self::Str(_) => None,
+            Self::Null | Self::Bool(_) | Self::Str(_) | Self::Moment(_) => None,
         }
     }
 
@@ -977,6 +1082,7 @@ impl Scalar<'_> {
             Self::Bool(_) => "a boolean",
             Self::I64(..) | Self::U64(..) | Self::F64(_) => "a number",
             Self::Str(_) => "a string",
+            Self::Moment(_) => "a timestamp",
         }
     }
 }
@@ -1006,6 +1112,7 @@ fn time_of(value: Scalar<'_>, format: TimeFormat) -> Result<i64, String> {
         (Scalar::F64(v), _) if format != TimeFormat::Rfc3339 => {
             (v * if seconds(v) { 1000.0 } else { 1.0 }).round() as i64
         }
+        (Scalar::Moment(ms), _) => ms,
         (value, TimeFormat::Rfc3339) => {
             return Err(format!("is {}; time_format = \"rfc3339\" needs a string", value.name()));
         }
@@ -1024,6 +1131,9 @@ fn shortened(text: &str) -> &str {
 
 impl Decoder {
     fn clear_element(&mut self) {
+        if let Some(kept) = &mut self.walker.kept {
+            kept.begin_element();
+        }
         let fields = &mut self.walker.fields;
         for &target in &self.of_element {
             match target {
@@ -1040,6 +1150,87 @@ impl Decoder {
                 }
             }
         }
+    }
+}
+
+/// What a reader of columns must know of the paths.
+impl Decoder {
+    /// Every place that some path passes or ends at: its number, how the settings spell it, what it is for.
+    pub(super) fn paths(&self) -> impl Iterator<Item = (usize, &str, &[Target])> {
+        self.walker.nodes.iter().enumerate().map(|(i, node)| (i, node.path.as_str(), &node.targets[..]))
+    }
+
+    pub(super) fn path(&self, node: usize) -> &str {
+        &self.walker.nodes[node].path
+    }
+
+    pub(super) fn targets(&self, node: usize) -> &[Target] {
+        &self.walker.nodes[node].targets
+    }
+
+    /// Where a path goes on from a node by this key.
+    pub(super) fn child(&self, node: usize, key: &str) -> Option<usize> {
+        self.children(node).find(|(text, _)| *text == key).map(|(_, child)| child)
+    }
+
+    pub(super) fn children(&self, node: usize) -> impl Iterator<Item = (&str, usize)> {
+        let node = &self.walker.nodes[node];
+        node.keys[..node.named].iter().filter_map(|key| Some((&*key.text, key.node?)))
+    }
+
+    /// The same by position in an array.
+    pub(super) fn positions(&self, node: usize) -> impl Iterator<Item = (usize, usize)> {
+        self.walker.nodes[node].positions.iter().copied()
+    }
+
+    pub(super) fn has_bag(&self, node: usize) -> bool {
+        self.walker.nodes[node].has_bag
+    }
+
+    pub(super) fn is_slate(&self, node: usize) -> bool {
+        self.walker.nodes[node].is_slate
+    }
+
+    pub(super) fn goes_on(&self, node: usize) -> bool {
+        self.walker.nodes[node].goes_on
+    }
+
+    pub(super) fn takes_array(&self, node: usize) -> bool {
+        self.walker.nodes[node].takes_array
+    }
+
+    pub(super) fn takes_object(&self, node: usize) -> bool {
+        self.walker.nodes[node].takes_object
+    }
+
+    pub(super) fn is_labelled(&self) -> bool {
+        self.labelled
+    }
+
+    pub(super) fn feature(&self, feature: usize) -> &str {
+        self.walker.encoder.as_ref().map_or("", |encoder| encoder.schema().name(feature))
+    }
+
+    pub(super) fn is_numeric(&self, feature: usize) -> bool {
+        let kind = self.walker.encoder.as_ref().and_then(|encoder| encoder.schema().kind(feature));
+        kind == Some(FeatureKind::Numeric)
+    }
+
+    pub(super) fn reads_times_as_text(&self) -> bool {
+        matches!(self.walker.time_format, TimeFormat::Auto | TimeFormat::Rfc3339)
+    }
+
+    pub(super) fn reads_times_as_numbers(&self) -> bool {
+        self.walker.time_format != TimeFormat::Rfc3339
+    }
+}
+
+impl Walker {
+    /// Gives the weight of a bag's value to the node's bags.
+    pub(super) fn give_weight(&mut self, node: usize, key: &str, weight: Scalar<'_>) -> Result<(), Stop> {
+        self.key.clear();
+        self.key.push_str(key);
+        self.give_bags(node, true, weight)
     }
 }
 

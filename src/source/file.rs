@@ -1,4 +1,4 @@
-//! Files as partitions of a log: one record a line, one partition a file.
+//! Files of lines as partitions of a log: one record a line, one partition a file. Parquet has a reader of its own.
 //!
 //! | | |
 //! |---|---|
@@ -9,6 +9,7 @@
 //! | too long a record | rejected with its first 4 KiB; never held whole |
 //! | bounded | to the length that a plain file had when it was opened; to the end of a compressed stream |
 //! | followed | a plain file may grow. A compressed one must be complete: it is read to its end and counts as caught up from then on |
+//! | object | of a store, in the place of a file: bounded only |
 //! | refused | a file that shrank, or whose record before the place where reading goes on is not the one that was read |
 //!
 //! A stream that was cut exactly between two gzip members or zstd frames cannot be told from a complete one.
@@ -16,9 +17,9 @@
 //! Memory per partition: up to `queue` decoded chunks of about 128 KiB of log each, one such block in the reader's hands, and
 //! for zstd the window of the stream. Nothing is allocated before there is something to read.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, BufRead as _, BufReader, Read};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -27,6 +28,7 @@ use std::time::Duration;
 use memchr::{memchr, memchr_iter, memrchr};
 use xxhash_rust::xxh3::Xxh3Default;
 
+use super::blob::{self, Blob, Object};
 use super::pool::{self, BLOCK, Content, Desk, HEAD, Halt, Job, Queue, RECORDS, Stop, Ticket};
 use super::{Arrival, Error, NewDecoder};
 use crate::event::Stream;
@@ -40,30 +42,36 @@ const SMALLEST: usize = 16 << 10;
 pub struct Files {
     /// Sorted by name, each once.
     pub paths: Vec<PathBuf>,
+    /// Addresses of objects, which somebody else finds.
+    pub objects: Vec<String>,
     pub max_record: usize,
     pub poll: Duration,
     pub queue: usize,
 }
 
 impl Files {
-    /// One [`Spec`] for each file, to be read from where `from` says for its name.
+    /// One [`Spec`] for each file, to be read from where `from` says for its name, then for each of the `objects` that were found.
     pub fn specs(
         &self,
         stream: Stream,
         follow: bool,
         decoder: &NewDecoder,
+        objects: Vec<(PathBuf, Arc<dyn Object>)>,
         from: impl Fn(&str) -> NextOffset,
     ) -> Vec<Spec> {
-        let spec = |path: &PathBuf| Spec {
-            path: path.clone(),
+        let files = self.paths.iter().map(|path| (path.clone(), None));
+        let objects = objects.into_iter().map(|(name, object)| (name, Some(object)));
+        let spec = |(path, object): (PathBuf, Option<Arc<dyn Object>>)| Spec {
             stream,
             mode: if follow { Mode::Follow { poll: self.poll } } else { Mode::Bounded },
-            from: from(&name_of(path)),
+            from: from(&name_of(&path)),
             decoder: Arc::clone(decoder),
             max_record: self.max_record,
             queue: self.queue,
+            path,
+            object,
         };
-        self.paths.iter().map(spec).collect()
+        files.chain(objects).map(spec).collect()
     }
 }
 
@@ -71,6 +79,8 @@ impl Files {
 #[derive(Clone)]
 pub struct Spec {
     pub path: PathBuf,
+    /// What is read in the place of a file; `path` is then its name.
+    pub object: Option<Arc<dyn Object>>,
     pub stream: Stream,
     pub mode: Mode,
     /// Where to start; the default is the start of the file.
@@ -132,7 +142,8 @@ pub fn expand(paths: &[String]) -> Result<Vec<PathBuf>, Error> {
 }
 
 /// Does `name` match `pattern`, where `*` stands for any characters and `?` for one (of UTF-8: one byte or more).
-fn matches(pattern: &[u8], name: &[u8]) -> bool {
+#[must_use]
+pub fn matches(pattern: &[u8], name: &[u8]) -> bool {
     if name.first() == Some(&b'.') && pattern.first() != Some(&b'.') {
         return false;
     }
@@ -174,8 +185,9 @@ pub struct Lines {
 impl Lines {
     pub fn open(path: &Path) -> Result<Self, Error> {
         let unreadable = |source| Error::Unreadable { file: path.to_owned(), source };
-        let input: BufReader<Box<dyn Read + Send>> = match File::open(path).and_then(Input::of).map_err(unreadable)? {
-            Input::Plain(file) => BufReader::new(Box::new(file)),
+        let input = Blob::open(path, None).and_then(Input::of).map_err(unreadable)?;
+        let input: BufReader<Box<dyn Read + Send>> = match input {
+            Input::Plain(blob) => BufReader::new(Box::new(blob.from(0))),
             Input::Packed(reader) => BufReader::new(reader),
         };
         Ok(Self { path: path.to_owned(), input, offset: 0 })
@@ -215,31 +227,33 @@ pub fn first_records(path: &Path, n: usize, max_record: usize) -> Result<Vec<(u6
 }
 
 enum Input {
-    Plain(File),
+    Plain(Blob),
     Packed(Box<dyn Read + Send>),
 }
 
 impl Input {
-    /// Looks at the first bytes of `file` to see what it is.
-    fn of(file: File) -> io::Result<Self> {
+    /// Looks at the first bytes of `blob` to see what it is.
+    fn of(blob: Blob) -> io::Result<Self> {
         let mut magic = [0; 4];
         let mut len = 0;
         while len < 4 {
-            match file.read_at(&mut magic[len..], len as u64)? {
+            match blob.read_at(&mut magic[len..], len as u64)? {
                 0 => break,
                 n => len += n,
             }
         }
         Ok(match magic {
             [0x1f, 0x8b, ..] => {
-                let file = BufReader::with_capacity(BLOCK, file);
-                Self::Packed(Box::new(flate2::bufread::MultiGzDecoder::new(file)))
+                let bytes = BufReader::with_capacity(BLOCK, blob.from(0));
+                Self::Packed(Box::new(flate2::bufread::MultiGzDecoder::new(bytes)))
             }
             // A frame, or one to be skipped, with which some tools begin.
             [0x28, 0xb5, 0x2f, 0xfd] | [0x50..=0x5f, 0x2a, 0x4d, 0x18] => {
-                Self::Packed(Box::new(zstd::Decoder::new(file)?))
+                Self::Packed(Box::new(zstd::Decoder::new(blob.from(0))?))
             }
-            _ => Self::Plain(file),
+            // Read by another reader, which knows it when it opens the file.
+            [b'P', b'A', b'R', b'1'] => return Err(io::Error::other("a Parquet file, where lines are needed")),
+            _ => Self::Plain(blob),
         })
     }
 
@@ -247,7 +261,7 @@ impl Input {
     fn read(&mut self, offset: u64, into: &mut [u8]) -> io::Result<usize> {
         loop {
             let read = match self {
-                Self::Plain(file) => file.read_at(into, offset),
+                Self::Plain(blob) => blob.read_at(into, offset),
                 Self::Packed(stream) => stream.read(into),
             };
             match read {
@@ -347,16 +361,13 @@ impl Long {
 impl Reader {
     pub(super) fn open(spec: Spec, queue: Arc<Queue>, desk: &Desk, stop: Arc<Stop>) -> Result<Self, Error> {
         let unreadable = |source| Error::Unreadable { file: spec.path.clone(), source };
-        let file = File::open(&spec.path).map_err(unreadable)?;
-        let metadata = file.metadata().map_err(unreadable)?;
-        if !metadata.is_file() {
-            return Err(unreadable(io::Error::other("not a regular file")));
-        }
-        let input = Input::of(file).map_err(unreadable)?;
+        let blob = Blob::open(&spec.path, spec.object.as_ref()).map_err(unreadable)?;
+        let (identity, length) = (blob.identity().map_err(unreadable)?, blob.length().map_err(unreadable)?);
+        let input = Input::of(blob).map_err(unreadable)?;
         let mut reader = Self {
             file: spec.path.as_path().into(),
-            identity: (metadata.dev(), metadata.ino()),
-            length: metadata.len(),
+            identity,
+            length,
             input,
             queue,
             desk: desk.clone(),
@@ -372,7 +383,7 @@ impl Reader {
             spec,
         };
         match &reader.input {
-            Input::Plain(file) => reader.unended = reader.verify(file)?,
+            Input::Plain(blob) => reader.unended = reader.verify(blob)?,
             Input::Packed(_) => (reader.offset, reader.before) = (0, Fingerprint::NONE),
         }
         Ok(reader)
@@ -599,13 +610,13 @@ impl Reader {
                 Err(error) => return Err(unreadable(error).into()),
             };
             let replaced = now.as_ref().is_some_and(|now| (now.dev(), now.ino()) != self.identity);
-            let Input::Plain(file) = &self.input else {
+            let Input::Plain(blob) = &self.input else {
                 match now.map_or(self.length, |now| now.len()) {
                     len if len == self.length => continue,
                     len => return Err(self.packed_changed(len).into()),
                 }
             };
-            let length = file.metadata().map_err(unreadable)?.len();
+            let length = blob.length().map_err(unreadable)?;
             if length < seen {
                 return Err(self.shrunk(length, seen).into());
             }
@@ -613,26 +624,26 @@ impl Reader {
                 continue;
             }
             if length == seen {
-                let file = File::open(&self.file).map_err(unreadable)?;
-                let metadata = file.metadata().map_err(unreadable)?;
-                self.identity = (metadata.dev(), metadata.ino());
-                self.input = Input::Plain(file);
+                let blob = Blob::open(&self.file, None).map_err(unreadable)?;
+                self.identity = blob.identity().map_err(unreadable)?;
+                let length = blob.length().map_err(unreadable)?;
+                self.input = Input::Plain(blob);
                 if let Some(long) = self.long.take() {
                     self.offset = long.start;
                 }
-                if metadata.len() < seen {
-                    return Err(self.shrunk(metadata.len(), seen).into());
+                if length < seen {
+                    return Err(self.shrunk(length, seen).into());
                 }
             }
             // A file that was empty shows only now what it is.
             if self.offset == 0
-                && let Input::Plain(file) = &self.input
+                && let Input::Plain(blob) = &self.input
             {
-                self.length = file.metadata().map_err(unreadable)?.len();
-                self.input = Input::of(file.try_clone().map_err(unreadable)?).map_err(unreadable)?;
+                self.length = blob.length().map_err(unreadable)?;
+                self.input = Input::of(blob.clone()).map_err(unreadable)?;
             }
-            if let Input::Plain(file) = &self.input {
-                self.verify(file)?;
+            if let Input::Plain(blob) = &self.input {
+                self.verify(blob)?;
             }
             return Ok(());
         }
@@ -640,14 +651,14 @@ impl Reader {
 
     /// Checks that the record before the place where a plain file is to be read on is the one that was read. Says whether
     /// that record has no line end.
-    fn verify(&self, file: &File) -> Result<bool, Error> {
+    fn verify(&self, blob: &Blob) -> Result<bool, Error> {
         let next = self.next();
         let unreadable = |source| Error::Unreadable { file: self.file.to_path_buf(), source };
-        let length = file.metadata().map_err(unreadable)?.len();
+        let length = blob.length().map_err(unreadable)?;
         if length < next.offset {
             return Err(self.shrunk(length, next.offset));
         }
-        let (found, unended) = record_before(file, next.offset).map_err(unreadable)?;
+        let (found, unended) = record_before(blob, next.offset).map_err(unreadable)?;
         if found == next.before { Ok(unended) } else { Err(self.other_content(next, found)) }
     }
 
@@ -685,7 +696,7 @@ impl Reader {
     fn unreadable(&self, source: io::Error) -> Error {
         let (file, offset) = (self.file.to_path_buf(), self.position());
         match self.input {
-            Input::Packed(_) if source.raw_os_error().is_none() => {
+            Input::Packed(_) if !blob::is_unread(&source) => {
                 if source.kind() == io::ErrorKind::UnexpectedEof {
                     Error::Truncated { file, offset }
                 } else {
@@ -698,7 +709,7 @@ impl Reader {
 }
 
 /// Fingerprint of the record before `offset`, [`Fingerprint::NONE`] if there is none, and whether it lacks a line end.
-fn record_before(file: &File, offset: u64) -> io::Result<(Fingerprint, bool)> {
+fn record_before(file: &Blob, offset: u64) -> io::Result<(Fingerprint, bool)> {
     let mut buffer = vec![0; if offset == 0 { 0 } else { SMALLEST }];
     let mut end = offset;
     let mut unended = false;

@@ -4,6 +4,8 @@
 //! one bounded queue, on which the decoded blocks arrive in order. Blocks of all partitions are decoded by one pool of
 //! workers. A worker never waits for a queue, so a partition whose records nobody takes stops its own reader and nothing
 //! else.
+pub mod blob;
+pub mod columnar;
 pub mod decode;
 pub mod file;
 pub mod kafka;
@@ -32,6 +34,18 @@ pub trait Decode: Send {
     /// kind [`Rejected`](crate::event::Kind::Rejected) with its reason. `raw` has no line end and is not blank; it starts at
     /// `offset` of its partition, behind a record with the fingerprint `before`. Leaves `out.next` and `out.bytes` alone.
     fn decode(&mut self, raw: &[u8], offset: u64, before: Fingerprint, out: &mut Chunk);
+
+    /// The same for a row of a table; without a method of its own, by way of the row's text.
+    fn decode_row(&mut self, row: &dyn decode::Row, offset: u64, before: Fingerprint, out: &mut Chunk) {
+        let mut text = Vec::new();
+        row.append_text(&mut text);
+        self.decode(&text, offset, before, out);
+    }
+
+    /// The decoder whose paths say which columns of a table are read; without one, tables cannot be read.
+    fn as_decoder(&self) -> Option<&decode::Decoder> {
+        None
+    }
 }
 
 /// Makes a decoder; each worker makes its own, once per distinct `Arc`, so the partitions of a stream should share one.
@@ -62,6 +76,9 @@ pub enum Error {
     #[error("`{pattern}` matches no file; a pattern may hold `*` and `?` in its last part, after the last `/`")]
     NoMatch { pattern: String },
 
+    #[error("`{pattern}` cannot be read: {why}")]
+    Store { pattern: String, why: String },
+
     #[error("`{key}` must be {expected}, got {value}")]
     Setting { key: String, expected: &'static str, value: String },
 
@@ -78,6 +95,16 @@ pub enum Error {
         file.display()
     )]
     Corrupt { file: PathBuf, offset: u64, source: io::Error },
+
+    #[error("`{}` cannot be read as Parquet: {problem}", file.display())]
+    Parquet { file: PathBuf, problem: String },
+
+    #[error(
+        "`{}` is damaged: what follows row {row} cannot be read ({why}); put an intact copy of the same file in its place and \
+         start again, reading goes on from there",
+        file.display()
+    )]
+    DamagedRows { file: PathBuf, row: u64, why: String },
 
     #[error(
         "`{}` is not the file that was read before: at byte {offset}, {why}. A log may only grow: bring the old content back \

@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use memchr::{memchr_iter, memrchr};
 
+use super::columnar::Rows;
+use super::decode::Raw;
 use super::{Arrival, Decode, Error, NewDecoder};
 use crate::clock;
 use crate::event::{Chunk, Kind, Original, Record, Stream, Time};
@@ -277,6 +279,8 @@ pub(super) enum Content {
     Lines(usize),
     /// One record a mark.
     Messages(Vec<Mark>),
+    /// Rows of a table; there are no bytes.
+    Rows(Rows),
 }
 
 /// One message of a log that keeps its records apart, inside of a block.
@@ -400,6 +404,7 @@ fn work_off(jobs: &Receiver<Job>, chunks: &Recycler, blocks: &Blocks, marks: &Ma
             match &job.content {
                 Content::Lines(len) => decode_lines(&job, *len, decoder, &mut at, &mut chunk),
                 Content::Messages(marks) => decode_messages(&job, marks, decoder, &mut at, &mut chunk),
+                Content::Rows(rows) => decode_rows(&job, rows, decoder, &mut at, &mut chunk),
             }
             chunk.next = job.next;
             chunk.seal();
@@ -445,16 +450,30 @@ fn decode_lines(job: &Job, len: usize, decoder: &mut dyn Decode, at: &mut u64, c
         } else {
             decoder.decode(raw, *at, before, chunk);
         }
-        keep_originals(chunk, records, now, None, raw);
+        keep_originals(chunk, records, now, None, Raw::Text(raw));
         before = Fingerprint::of(raw);
     }
     debug_assert_eq!(before, job.next.before);
     chunk.bytes = len as u64;
 }
 
+/// Decodes the rows of `job` into the empty `chunk`. All records of a table have its fingerprint before them, but the first.
+fn decode_rows(job: &Job, rows: &Rows, decoder: &mut dyn Decode, at: &mut u64, chunk: &mut Chunk) {
+    let (mut before, now) = (job.at.before, clock::now());
+    for row in rows.iter() {
+        let records = chunk.records.len();
+        decoder.decode_row(&row, *at, before, chunk);
+        keep_originals(chunk, records, now, None, Raw::Row(&row));
+        before = job.next.before;
+        *at += 1;
+    }
+    debug_assert_eq!(*at, job.next.offset);
+    chunk.bytes = rows.bytes();
+}
+
 /// Keeps what the log holds of the records from `first` on that are rejected, or whose event time is past the time at which
 /// the log took them (without one: `now`), for the order may reject those.
-fn keep_originals(chunk: &mut Chunk, first: usize, now: Time, key: Option<&[u8]>, raw: &[u8]) {
+fn keep_originals(chunk: &mut Chunk, first: usize, now: Time, key: Option<&[u8]>, raw: Raw<'_>) {
     let (mut kept_key, mut kept_value) = (None, None);
     for index in first..chunk.records.len() {
         let record = chunk.records[index];
@@ -464,13 +483,13 @@ fn keep_originals(chunk: &mut Chunk, first: usize, now: Time, key: Option<&[u8]>
             continue;
         }
         let text = &mut chunk.text;
-        let mut keep = |bytes: &[u8]| {
-            let start = text.len() as u32;
-            text.extend_from_slice(bytes);
-            (start, bytes.len() as u32)
+        let mut keep = |bytes: Raw<'_>| {
+            let start = text.len();
+            bytes.append_to(text);
+            (start as u32, (text.len() - start) as u32)
         };
         if kept_key.is_none() {
-            kept_key = key.map(&mut keep);
+            kept_key = key.map(|key| keep(Raw::Text(key)));
         }
         let value = match kept_value {
             _ if rejected => (record.text_start, record.text_len),
@@ -498,7 +517,7 @@ fn decode_messages(job: &Job, marks: &[Mark], decoder: &mut dyn Decode, at: &mut
             record.log_time = mark.log_time;
         }
         let key = mark.key_len.map(|len| &job.bytes[(mark.start - len) as usize..][..len as usize]);
-        keep_originals(chunk, records, now, key, raw);
+        keep_originals(chunk, records, now, key, Raw::Text(raw));
         before = Fingerprint::of(raw);
         chunk.bytes += raw.len() as u64;
     }

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use super::Error;
-use super::file::{Reader, Spec, name_of};
+use super::columnar;
+use super::file::{self, Spec, name_of};
 use super::pool::{Desk, Partition, Pool, Queue, Recycler, Stop};
 use crate::event::Stream;
 
@@ -42,12 +43,18 @@ impl Sources {
         // All are opened before any is read: one that cannot be should not cost the work on the others.
         let open = |spec: Spec| {
             let queue = Queue::new(name_of(&spec.path), spec.queue);
-            let stream = spec.stream;
-            let reader = Reader::open(spec, Arc::clone(&queue), &self.pool.desk, Arc::clone(&self.stop))?;
-            Ok((stream, queue, reader))
+            let (stream, desk, stop) = (spec.stream, &self.pool.desk, Arc::clone(&self.stop));
+            let run: Box<dyn FnOnce() + Send> = if columnar::is_parquet(&spec.path, spec.object.as_ref())? {
+                let reader = columnar::Reader::open(spec, Arc::clone(&queue), desk, stop)?;
+                Box::new(|| reader.run())
+            } else {
+                let reader = file::Reader::open(spec, Arc::clone(&queue), desk, stop)?;
+                Box::new(|| reader.run())
+            };
+            Ok((stream, queue, run))
         };
         let opened = specs.into_iter().map(open).collect::<Result<Vec<_>, Error>>()?;
-        opened.into_iter().map(|(stream, queue, reader)| self.launch(stream, queue, || reader.run())).collect()
+        opened.into_iter().map(|(stream, queue, run)| self.launch(stream, queue, run)).collect()
     }
 
     /// Starts the thread that reads a partition into `queue`.

@@ -15,8 +15,9 @@ use super::kafka::{LogTime, Shard, Start, Topics};
 pub struct Settings {
     /// `"file"` or `"kafka"`. Default `"file"`.
     pub kind: Kind,
-    /// Files only. Files of JSON lines, plain, gzip or zstd. The last part of a path may hold `*` (any characters) and `?`
-    /// (one). Each file is a partition, named by its path as written here.
+    /// Files only. Files of JSON lines, plain, gzip or zstd, or Parquet. The last part of a path may hold `*` (any characters)
+    /// and `?` (one). Each file is a partition, named by its path as written here. In runs that end, also objects of a store, by
+    /// an address such as `s3://bucket/logs/impressions-*.jsonl.zst`.
     pub paths: Vec<String>,
     /// Files only. How often a followed file is looked at for growth; 1ms or more. Default 200ms.
     #[serde(with = "humantime_serde")]
@@ -103,8 +104,10 @@ impl Settings {
         match self.kind {
             Kind::File => {
                 self.check_files(key)?;
-                let paths = expand(&self.paths)?;
-                Ok(Origin::Files(Files { paths, max_record: self.max_record, poll: self.poll, queue: self.queue }))
+                let (objects, local): (Vec<String>, Vec<String>) =
+                    self.paths.iter().cloned().partition(|path| path.contains("://"));
+                let (paths, max_record, poll, queue) = (expand(&local)?, self.max_record, self.poll, self.queue);
+                Ok(Origin::Files(Files { paths, objects, max_record, poll, queue }))
             }
             Kind::Kafka => self.topics(key).map(Origin::Kafka),
         }

@@ -54,7 +54,7 @@ const FOLLOW: Mode = Mode::Follow { poll: Duration::from_millis(1) };
 
 fn spec(path: &Path, mode: Mode) -> Spec {
     let (stream, from) = (Stream::Clicks, NextOffset::default());
-    Spec { path: path.into(), stream, mode, from, decoder: raw(), max_record: 1 << 20, queue: 4 }
+    Spec { path: path.into(), object: None, stream, mode, from, decoder: raw(), max_record: 1 << 20, queue: 4 }
 }
 
 fn from(spec: Spec, from: NextOffset) -> Spec {
@@ -725,7 +725,7 @@ fn settings_refuse_unknown_keys_and_values_that_cannot_work() {
     let settings = parse(&format!("kind = \"file\"\npaths = [\"{}\"]\npoll = \"1s\"", path.display())).unwrap();
     let Origin::Files(files) = settings.find("clicks.source").unwrap() else { panic!("{settings:?}") };
     assert_eq!((files.poll, files.max_record, files.queue), (Duration::from_secs(1), 1 << 20, 4));
-    let specs = files.specs(Stream::Clicks, true, &raw(), |name| {
+    let specs = files.specs(Stream::Clicks, true, &raw(), Vec::new(), |name| {
         assert_eq!(name, name_of(&path));
         NextOffset { offset: 4, before: Fingerprint::of(b"one") }
     });

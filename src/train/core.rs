@@ -96,6 +96,18 @@ pub struct Prediction {
     pub positive: bool,
 }
 
+/// A joined, labelled example, as [`Core::take_examples`] gives it.
+#[derive(Clone, Copy, Debug)]
+pub struct Joined<'a> {
+    /// Of its event, as its decoder keeps it.
+    pub text: &'a [u8],
+    pub slots: &'a [Slot],
+    pub time: Time,
+    pub event_time: Time,
+    pub weight: f32,
+    pub positive: bool,
+}
+
 /// A batch that is held, or that is labelled anew because it was.
 #[derive(Clone, Debug)]
 pub struct Held {
@@ -187,6 +199,8 @@ pub struct Core {
     unfinished: bool,
     keep_predictions: bool,
     predictions: Vec<Prediction>,
+    /// Nothing is learned: the examples of a batch are for whoever takes them.
+    keep_examples: bool,
     quarantined: Vec<Quarantined>,
     golden: VecDeque<Vec<Slot>>,
     /// A sample of what was learned since it was taken last.
@@ -245,6 +259,7 @@ impl Core {
             unfinished: false,
             keep_predictions: false,
             predictions: Vec::new(),
+            keep_examples: false,
             quarantined: Vec::new(),
             golden: VecDeque::new(),
             fresh: Fresh::default(),
@@ -400,6 +415,36 @@ impl Core {
         self.keep_predictions = true;
     }
 
+    /// From now on learns nothing and samples nothing out. Each batch's examples are there from its end until they are
+    /// [taken](Self::take_examples), which must be before the next.
+    pub fn keep_examples(&mut self) {
+        self.keep_examples = true;
+    }
+
+    /// Whether events need their values as text.
+    #[must_use]
+    pub fn keeps_examples(&self) -> bool {
+        self.keep_examples
+    }
+
+    /// Gives the examples of the batch that has ended, in their order.
+    pub fn take_examples<E>(&mut self, mut each: impl FnMut(Joined<'_>) -> Result<(), E>) -> Result<(), E> {
+        for item in &self.items {
+            each(Joined {
+                text: &self.text[item.text_start as usize..][..item.text_len as usize],
+                slots: &self.slots[item.start as usize..][..item.len as usize],
+                time: item.time,
+                event_time: item.event_time,
+                weight: item.weight,
+                positive: item.positive,
+            })?;
+        }
+        self.items.clear();
+        self.slots.clear();
+        self.text.clear();
+        Ok(())
+    }
+
     pub fn take_predictions(&mut self) -> Vec<Prediction> {
         std::mem::take(&mut self.predictions)
     }
@@ -488,13 +533,13 @@ impl Core {
         let positive = label == Label::Positive;
         self.open.labelled.impressions += 1;
         self.open.labelled.clicks += u64::from(positive);
-        if !positive && !self.sampling.keeps(key.id) {
+        if !positive && !self.keep_examples && !self.sampling.keeps(key.id) {
             self.join.counts.sampled_out += 1;
             return false;
         }
         let (start, text_start) = (self.slots.len() as u32, self.text.len() as u32);
         self.slots.extend_from_slice(chunk.slots_of(record));
-        if self.keep_predictions {
+        if self.keep_predictions || self.keep_examples {
             self.text.extend_from_slice(chunk.text_of(record));
         }
         self.items.push(Item {
@@ -537,13 +582,28 @@ impl Core {
 
     /// Scores the open batch, learns from it, and settles everything at its end.
     fn finish_batch(&mut self) {
-        if !self.items.is_empty() {
+        if self.keep_examples {
+            self.count_examples();
+        } else if !self.items.is_empty() {
             self.learn();
         }
         let frontier = self.merge.frontier().expect("something was released");
         self.place.frontier = Some(frontier);
         self.join.settle(frontier.time);
         self.mark();
+    }
+
+    fn count_examples(&mut self) {
+        self.place.batches += u64::from(!self.items.is_empty());
+        self.place.examples += self.items.len() as u64;
+        let mut range = self.place.event_times;
+        for item in &self.items {
+            let counts = &mut self.join.counts;
+            *(if item.positive { &mut counts.positives } else { &mut counts.negatives }) += 1;
+            let (first, last) = range.unwrap_or((item.event_time, item.event_time));
+            range = Some((first.min(item.event_time), last.max(item.event_time)));
+        }
+        self.place.event_times = range;
     }
 
     fn learn(&mut self) {

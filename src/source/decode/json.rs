@@ -17,7 +17,7 @@ pub enum Stop {
     Refused,
 }
 
-/// A JSON scalar.
+/// A scalar: of JSON, or of a column.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Scalar<'a> {
     Null,
@@ -28,6 +28,8 @@ pub enum Scalar<'a> {
     U64(u64, &'a str),
     F64(f64),
     Str(&'a str),
+    /// A column's timestamp, in ms since the epoch; JSON has none.
+    Moment(i64),
 }
 
 /// Reads one text from start to end. `text` is valid UTF-8, so a string between two quotes is, too.
@@ -494,6 +496,7 @@ mod tests {
                 }
                 Scalar::F64(v) => v.into(),
                 Scalar::Str(v) => v.into(),
+                Scalar::Moment(_) => unreachable!("JSON has none"),
             },
         })
     }

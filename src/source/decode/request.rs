@@ -77,6 +77,7 @@ impl RequestDecoder {
             slate: None,
             problem: String::new(),
             refused: ROOT,
+            kept: None,
         };
         let mut of_element = Vec::new();
         let mut ends = Vec::new();
