@@ -64,6 +64,7 @@ pub fn boundary(counts: &Counts, read: &ReadCounts, waiting_clicks: u64, frontie
         ("too_late", counts.too_late),
         ("rejected", counts.rejected),
         ("quarantined", counts.quarantined),
+        ("before_start", counts.before_start),
     ];
     for (outcome, n) in impressions {
         counter!("tidemill_impressions_total", "outcome" => outcome).absolute(n);

@@ -190,6 +190,68 @@ fn a_job_killed_at_20_random_moments_ends_in_the_bytes_of_one_that_never_was() {
     assert!(ends.iter().any(|end| end["resumed"] == true), "no job was killed after its first checkpoint");
 }
 
+/// Runs another command of tidemill on the configuration of a job.
+fn ask(job: &Job, command: &[&str], more: &[&str]) -> Value {
+    let mut asked = Command::new(TIDEMILL);
+    asked.args(command).args(["--json", "-c"]).arg(job.path("job.toml")).args(more);
+    summary(&asked.stdin(Stdio::null()).output().unwrap())
+}
+
+#[test]
+fn a_live_job_that_crashed_twice_is_replayed_and_retrained_to_the_same_bytes() {
+    let input = generate(IN_ORDER);
+    let (impressions, clicks) = (Topic::new("impressions", 2), Topic::new("clicks", 2));
+    let live = job(&impressions, &clicks);
+    live.edit(KAFKA, ALWAYS_AWAITED);
+    let until = ["--until", "2026-01-01T00:02:00Z"];
+    let mut writing = replaying(&live, &input.path().join("in"), &["--speed", "20"]);
+    for wait in [2000, 1500] {
+        let mut child = live.command(&[&["--follow"], &until[..]].concat()).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(wait));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    let followed = summary(&live.command(&[&["--json", "--follow"], &until[..]].concat()).output().unwrap());
+    assert_eq!(followed["resumed"], true);
+    // Its checkpoint and each of its versions.
+    let replayed = ask(&live, &["verify", "replay"], &[]);
+    assert_eq!(replayed["same"], true, "{replayed}");
+    assert!(replayed["marks"].as_array().unwrap().len() > 2, "{replayed}");
+    // A retrain over the same offsets, in a place of its own, and what goes on from it.
+    let other = job(&impressions, &clicks);
+    other.edit(KAFKA, ALWAYS_AWAITED);
+    let report = ask(&other, &["retrain"], &[&["--promote", "always"], &until[..]].concat());
+    assert_eq!(report["outcome"], "promoted", "{report}");
+    let handed = other.train(&until);
+    assert_eq!(handed["resumed"], true);
+    assert_eq!(outcome(&handed), outcome(&followed));
+    assert!(writing.wait().unwrap().success());
+}
+
+#[test]
+fn a_retrain_reads_a_topic_from_where_its_start_needs_and_learns_nothing_before() {
+    let (impressions, clicks) = (Topic::new("impressions", 2), Topic::new("clicks", 1));
+    let put = |topic: &Topic, partition: i32, value: &str, n: u64| {
+        let record = BaseRecord::<str, str>::to(&topic.name).partition(partition).payload(value);
+        // The log took it when it happened.
+        topic.send(record.timestamp(1_767_225_601_000 + n as i64 * 1000));
+    };
+    for n in 0..2000 {
+        put(&impressions, (n % 2) as i32, &impression(n), n);
+        if n % 10 == 0 {
+            put(&clicks, 0, &click(n), n);
+        }
+    }
+    (impressions.flush(), clicks.flush());
+    let job = job(&impressions, &clicks);
+    let report = ask(&job, &["retrain"], &["--promote", "never", "--from", "2026-01-01T00:20:00Z"]);
+    let counts = &report["candidate"]["counts"];
+    let n = |key: &str| counts[key].as_u64().unwrap();
+    // All windows of the last 800 but those that the end cuts; of the 1200 before only what seen ids and clicks need.
+    assert!(n("positives") >= 70 && n("positives") + n("negatives") > 700, "{counts}");
+    assert!(n("before_start") > 20 && n("before_start") < 200, "{counts}");
+}
+
 #[test]
 fn a_counting_model_shows_that_every_example_was_learned_exactly_once_over_kills() {
     let input = generate(DISTURBED);

@@ -315,7 +315,7 @@ pub fn replay(
     Ok(Replayed {
         lineage: head.lineage,
         same,
-        builds: (head.build != here).then(|| [head.build, here]),
+        builds: (head.build != here).then_some([head.build, here]),
         differs_between: first.map(|first| [equal, first]),
         marks,
         versions_past,

@@ -59,8 +59,9 @@ pub async fn retain(store: &Store, plan: &Plan, now: Time) -> Result<Removed> {
             doomed = Removed { debris: doomed.debris, ..Removed::default() };
         }
     }
-    // Manifests before objects: a reader never meets a manifest whose payload is gone.
-    for version in &doomed.versions {
+    // Manifests before objects: a reader never meets a manifest whose payload is gone. The newest first: where this ends in
+    // the middle, no delta is left without what it changes.
+    for version in doomed.versions.iter().rev() {
         store.delete(&manifest_key(*version)).await?;
     }
     for key in &doomed.objects {
