@@ -307,3 +307,33 @@ fn a_job_with_other_settings_refuses_a_candidate_and_goes_on() {
     let once = Job::over(&job.input).train(&["--until-end", "--set", "model.logistic.a=0.2"]);
     assert_eq!(taken["model_digest"], once["model_digest"]);
 }
+
+#[test]
+fn the_script_goes_on_with_what_was_interrupted_and_passes_the_exit_status_on() {
+    let input = generate(LOG);
+    let job = Job::over(&input.path().join("in"));
+    job.train(&["--until", HALF]);
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/full_retrain.sh");
+    let run = |args: &[&str]| {
+        let mut command = Command::new(script);
+        command.env("TIDEMILL", TIDEMILL).env("TIDEMILL_RETRAINS", job.path("retrains"));
+        command.arg("-c").arg(job.path("job.toml")).args(["--json", "--block", "5s"]).args(args);
+        command.stdin(Stdio::null()).output().unwrap()
+    };
+    // Interrupted: the directory and what was asked for stay.
+    let kept = job.path("retrains/20260101T000000Z");
+    std::fs::create_dir_all(&kept).unwrap();
+    std::os::unix::fs::symlink("20260101T000000Z", job.path("retrains/current")).unwrap();
+    let asked = format!("-c\n{}\n--json\n--block\n5s\n", job.path("job.toml").display());
+    std::fs::write(kept.join("asked"), asked).unwrap();
+    let other = run(&["--passes", "2"]);
+    assert_eq!(other.status.code(), Some(2), "{}", String::from_utf8_lossy(&other.stderr));
+    let promoted = report(&run(&[]), 0);
+    assert_eq!(promoted["outcome"], "promoted");
+    assert!(kept.join("report.json").exists() && job.path("retrains/report-20260101T000000Z.json").exists());
+    assert!(!job.path("retrains/current").is_symlink());
+    // The live job has learned nothing since: there is nothing to compare on, and that has a status of its own.
+    job.train(&["--until-end"]);
+    assert_eq!(report(&run(&[]), 3)["outcome"], "not_promoted");
+    assert_eq!(run(&["--last", "soon"]).status.code(), Some(2));
+}
