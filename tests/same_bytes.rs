@@ -337,3 +337,27 @@ fn a_running_job_shows_how_old_what_comes_to_each_stage_is() {
         assert!((now - last - 60.0..now - first).contains(&age), "{stage}: {age} s old");
     }
 }
+
+#[test]
+fn a_checkpoint_that_an_earlier_build_wrote_resumes_and_ends_where_one_run_ends() {
+    // Written by the job.toml beside it, in the first format that was kept. A format that cannot be resumed from it takes a
+    // decision, a line in the changelog and a new fixture.
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/checkpoint");
+    let run = |with_checkpoints: bool| {
+        let dir = tempfile::tempdir().unwrap();
+        for folder in ["in", "checkpoints"].iter().take(1 + usize::from(with_checkpoints)) {
+            std::fs::create_dir(dir.path().join(folder)).unwrap();
+            for entry in std::fs::read_dir(fixture.join(folder)).unwrap() {
+                let path = entry.unwrap().path();
+                std::fs::copy(&path, dir.path().join(folder).join(path.file_name().unwrap())).unwrap();
+            }
+        }
+        let mut command = std::process::Command::new(common::TIDEMILL);
+        command.current_dir(dir.path()).args(["train", "--json", "--until-end", "-c"]).arg(fixture.join("job.toml"));
+        summary(&command.output().unwrap())
+    };
+    let (resumed, whole) = (run(true), run(false));
+    assert_eq!((&resumed["resumed"], &whole["resumed"]), (&true.into(), &false.into()));
+    assert!(resumed["examples_this_run"].as_u64() < whole["examples_this_run"].as_u64());
+    assert_eq!(outcome(&resumed), outcome(&whole));
+}
