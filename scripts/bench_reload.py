@@ -141,9 +141,9 @@ def measure(arguments, binary, generator, scratch):
     load, minute = Load(generator, arguments.candidates, 4), 60
     memory, watching = {}, threading.Event()
     cache = [f"cache={json.dumps(str(scratch / 'cache'))}"] if arguments.cache else []
-    kind = "RssAnon" if arguments.cache else "VmRSS"
+    line = "RssAnon" if arguments.cache else "VmRSS"
     with Tidemill(binary, served, bodies, scratch / "serve.log", cache) as node:
-        resident = lambda: next(int(l.split()[1]) for l in pathlib.Path(f"/proc/{node.process.pid}/status").read_text().splitlines() if l.startswith(kind)) / 1024
+        resident = lambda: next(int(l.split()[1]) for l in pathlib.Path(f"/proc/{node.process.pid}/status").read_text().splitlines() if l.startswith(line)) / 1024
         load.run(node, 2)
         full = max(load.run(node, 4)["candidates_per_second"] for _ in range(3))
         third = full / arguments.candidates / 3

@@ -1,6 +1,8 @@
 //! A full retrain: the same rooms as the live job, an honest comparison, and a hand-over without a gap.
 
 mod common;
+#[path = "common/node.rs"]
+mod node;
 
 use std::io::Write as _;
 use std::path::Path;
@@ -9,10 +11,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{Job, TIDEMILL, generate, outcome, summary};
+use node::Serving;
 use rand_pcg::Pcg64Mcg;
 use rand_pcg::rand_core::{Rng as _, SeedableRng as _};
 use serde_json::Value;
 use tempfile::TempDir;
+use tidemill::snapshot::Manifest;
+use tidemill::snapshot::manifest::Document as _;
 
 /// About 400 s of log, 10 % of 12,000 impressions clicked.
 const LOG: &[&str] = &["-n", "12000", "--partitions", "2", "--disorder", "2s", "--duplicates", "0.02"];
@@ -55,6 +60,12 @@ fn a_retrain_of_the_same_log_under_the_same_settings_is_the_live_model_and_is_ha
     assert!(handed["impressions_this_run"].as_u64().unwrap() < 3000, "{}", handed["impressions_this_run"]);
     let once = Job::over(&input.path().join("in")).train(&["--until-end"]);
     assert_eq!(outcome(&handed), outcome(&once));
+    // The end may as well be where a version ends.
+    let manifest = job.path("snapshots/manifests/000000000002.json");
+    let through = job.path("through");
+    let args = ["--promote", "never", "--through", manifest.to_str().unwrap(), "--dir", through.to_str().unwrap()];
+    let frontier = Manifest::from_bytes(&std::fs::read(&manifest).unwrap()).unwrap().facts.frontier_time.unwrap();
+    assert!(retrain(&job, &args, 0)["frontier"].as_i64().unwrap() <= frontier.0);
     // What it publishes is of the lineage that was handed over.
     let shown = show(&job);
     assert_eq!(
@@ -228,7 +239,7 @@ impl Drop for Grows {
 }
 
 #[test]
-fn a_running_job_takes_a_promoted_candidate_over_and_no_impression_is_skipped_or_counted_twice() {
+fn under_requests_a_running_job_takes_a_candidate_over_and_no_impression_is_skipped_or_counted_twice() {
     let input = generate(&["-n", "30000", "--partitions", "2", "--disorder", "2s", "--duplicates", "0.02"]);
     let log = input.path().join("in");
     let mut growing = Grows::start(&log, Duration::from_secs(20));
@@ -251,8 +262,30 @@ fn a_running_job_takes_a_promoted_candidate_over_and_no_impression_is_skipped_or
         assert!(child.try_wait().unwrap().is_none(), "the live job ended");
         std::thread::sleep(Duration::from_millis(50));
     }
-    let report = retrain(&job, &["--promote", "always"], 0);
+    let serving = Serving::start(&job.path("snapshots"), &[]);
+    serving.ready_when("a version", |status, _| status == 200);
+    let over = AtomicBool::new(false);
+    let (report, answers) = std::thread::scope(|scope| {
+        // One request after the other, from before the retrain to behind the promotion; each answer names its version.
+        let asking = scope.spawn(|| {
+            let (mut client, mut answers) = (serving.connect(), Vec::new());
+            while !over.load(Ordering::Relaxed) {
+                let body = r#"{"context": {"user": {"id": "u1"}}, "candidates": [{"item": {"id": "i1"}}, {"item": {"id": "i2"}}]}"#;
+                let (status, text) = client.request("POST", "/v1/score", body);
+                assert_eq!(status, 200, "{text}");
+                let answer: Value = serde_json::from_str(&text).unwrap();
+                answers.push(answer["version"].as_u64().unwrap());
+            }
+            answers
+        });
+        let report = retrain(&job, &["--promote", "always"], 0);
+        std::thread::sleep(Duration::from_secs(2));
+        over.store(true, Ordering::Relaxed);
+        (report, asking.join().unwrap())
+    });
     assert_eq!((&report["outcome"], &report["job"]), (&"promoted".into(), &"took_over".into()), "{report}");
+    assert!(answers.is_sorted() && answers.len() > 100, "{answers:?}");
+    assert!(*answers.last().unwrap() >= report["version"].as_u64().unwrap(), "the fleet has not got it");
     growing.wait();
     let output = child.wait_with_output().unwrap();
     let said = said.join().unwrap();

@@ -1,7 +1,7 @@
 //! `tidemill retrain`: a model anew from history, compared with the live one and handed over.
 
 use std::io::{IsTerminal as _, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -15,6 +15,8 @@ use crate::app::train::{Progress, Tick};
 use crate::app::warm::WarmStart;
 use crate::config::Config;
 use crate::event::Time;
+use crate::snapshot::Manifest;
+use crate::snapshot::manifest::Document as _;
 use crate::train::compare::{self, Rules};
 
 /// Exit status of a candidate that was not promoted, because it is worse or because that it is not was not shown.
@@ -44,6 +46,9 @@ pub struct Retrain {
     /// End before this time, or `now`: where the log ends, following the live job.
     #[arg(long, value_name = "TIME", default_value = "now", value_parser = time_or_now)]
     pub until: When,
+    /// End with the last impression that a version has learned: its manifest.
+    #[arg(long, value_name = "FILE", conflicts_with = "until")]
+    pub through: Option<PathBuf>,
     /// How often history is learned. All passes but the last end where the comparison begins.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub passes: u32,
@@ -110,6 +115,14 @@ fn duration(text: &str) -> Result<Duration, String> {
     if duration.is_zero() { Err("must be more than nothing".into()) } else { Ok(duration) }
 }
 
+/// Just behind the last impression of a version.
+fn end_of(path: &Path) -> anyhow::Result<Time> {
+    let read = || format!("`--through {}`", path.display());
+    let manifest = Manifest::from_bytes(&std::fs::read(path).with_context(read)?).with_context(read)?;
+    let frontier = manifest.facts.frontier_time.with_context(|| format!("{}: it has learned nothing", read()))?;
+    Ok(frontier.plus(1))
+}
+
 impl Retrain {
     pub fn run(self) -> anyhow::Result<ExitCode> {
         let config = self.config.load()?;
@@ -139,9 +152,10 @@ impl Retrain {
         let request = Request {
             dir,
             from: self.from,
-            until: match self.until {
-                When::Now => None,
-                When::At(time) => Some(time),
+            until: match (&self.through, self.until) {
+                (Some(path), _) => Some(end_of(path)?),
+                (None, When::Now) => None,
+                (None, When::At(time)) => Some(time),
             },
             passes: self.passes,
             warm: self.warm_start.as_deref().map(WarmStart::parse),
