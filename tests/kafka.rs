@@ -242,7 +242,8 @@ fn a_retrain_reads_a_topic_from_where_its_start_needs_and_learns_nothing_before(
             put(&clicks, 0, &click(n), n);
         }
     }
-    (impressions.flush(), clicks.flush());
+    impressions.flush();
+    clicks.flush();
     let job = job(&impressions, &clicks);
     let report = ask(&job, &["retrain"], &["--promote", "never", "--from", "2026-01-01T00:20:00Z"]);
     let counts = &report["candidate"]["counts"];
