@@ -46,6 +46,8 @@ pub struct Tick {
     pub impressions: u64,
     pub examples: u64,
     pub per_second: f64,
+    /// Event time of the first example of the lineage.
+    pub first: Option<Time>,
     pub frontier: Option<Time>,
     pub waiting_for: Option<WaitReason>,
     /// Why the fuse holds the training, if it does.
@@ -280,6 +282,7 @@ fn run_lineage(
                 impressions: core.join().counts.impressions,
                 examples: core.place().examples,
                 per_second: (core.place().examples - first_example) as f64 / learning.elapsed().as_secs_f64(),
+                first: core.place().event_times.map(|(first, _)| first),
                 frontier: core.place().frontier.map(|key| key.time),
                 waiting_for: desk.waiting(),
                 held: desk.held(),

@@ -200,7 +200,7 @@ struct Bar {
 
 impl Bar {
     fn new(from: Option<Time>, until: Option<Time>) -> Self {
-        let style = "{bar:30} {percent:>3} %  {msg}  {elapsed}, {eta} left";
+        let style = "{bar:30} {percent:>3} %  {elapsed}, {eta} left  {msg}";
         let bar = ProgressBar::new(1).with_style(ProgressStyle::with_template(style).expect("a template"));
         Self { bar, from, until: until.unwrap_or_else(crate::clock::now) }
     }
@@ -209,7 +209,7 @@ impl Bar {
 impl Progress for Bar {
     fn show(&mut self, tick: &Tick) {
         let Some(frontier) = tick.frontier else { return };
-        let from = *self.from.get_or_insert(frontier);
+        let from = self.from.or(tick.first).unwrap_or(frontier);
         self.bar.set_length((self.until.0 - from.0).max(1) as u64);
         self.bar.set_position((frontier.0 - from.0).max(0) as u64);
         let loss = tick.logloss.map_or(String::new(), |loss| format!(", log loss {loss:.4}"));

@@ -22,7 +22,7 @@ pub fn prefetch<T>(line: *const T) {
 }
 
 /// The ids of a full, ascending, where they are, under a table of where each stretch of them begins. Ids are uniform hashes, so
-/// an id's place in `u64` is its stretch, and that has about [`REACH`] rows; among ids of any other distribution it is found by
+/// an id's place in `u64` is its stretch, and that has about `REACH` rows; among ids of any other distribution it is found by
 /// halving, in `log2(rows)` steps at most. The table takes half a byte a row.
 pub struct Sorted {
     ids: Column<u64>,

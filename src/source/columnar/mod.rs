@@ -4,7 +4,7 @@
 //! |---|---|
 //! | format | told by the first bytes; a file whose name ends in `.parquet` must be one |
 //! | read | only the columns that the mapping and the schema name, of nested ones only what lies on their paths |
-//! | values | by the rules of [`columns`], then by those of JSON: the same values give the same record |
+//! | values | by the rules of `columns`, then by those of JSON: the same values give the same record |
 //! | offset | number of the row in the file, from 0; reading on skips whole row groups |
 //! | fingerprint | of the file's footer (sizes, places and statistics of all columns), the same for all its records: a file that was written anew is another log, even with the same rows |
 //! | end | that of the file. A Parquet file is complete or none at all, so a followed one is read to its end, too, and must not change |
@@ -12,7 +12,7 @@
 //!
 //! Compression may be none, Snappy, gzip, Zstandard, LZ4 or LZ4 raw. Checksums of pages are verified where a file has them.
 //!
-//! Memory per partition: a page of each column and [`ROWS`] rows of them, in the reader's hands and in the blocks that wait,
+//! Memory per partition: a page of each column and `ROWS` rows of them, in the reader's hands and in the blocks that wait,
 //! and up to `queue` decoded chunks.
 
 mod columns;

@@ -11,7 +11,7 @@ pub const DEEPEST: u32 = 128;
 /// Why a walk ended early.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
-    /// The bytes at [`Scanner::at`] are no JSON.
+    /// The bytes at `Scanner::at` are no JSON.
     Syntax(&'static str),
     /// The walker refused what it was given, and has written down why.
     Refused,
