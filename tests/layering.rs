@@ -66,7 +66,7 @@ const FOREIGN: &[(&str, &[&str])] = &[
     ("half", &["src/snapshot/"]),
     ("memmap2", &["src/snapshot/mapped.rs"]),
     ("bytemuck", &["src/snapshot/column.rs"]),
-    ("tempfile", &["src/snapshot/mapped.rs", "src/cli/"]),
+    ("tempfile", &["src/snapshot/mapped.rs", "src/app/verify.rs", "src/cli/"]),
     ("futures", &["src/snapshot/store.rs", "src/source/kafka/admin.rs"]),
     ("percent_encoding", &["src/snapshot/address.rs", "src/app/exporter.rs"]),
     ("flate2", &["src/source/file.rs", "src/cli/generate.rs"]),

@@ -187,9 +187,11 @@ fn more_passes_and_a_warm_start_begin_with_what_was_learned() {
     }
 }
 
-/// Appends the lines of a log to files of a directory while it lives, as fast as it takes `whole` for all.
+/// Appends a log to files of a directory while it lives, as fast as it takes `whole` for all; not past half of it before it
+/// is let go on, however slow the machine.
 struct Grows {
     dir: TempDir,
+    free: std::sync::Arc<AtomicBool>,
     done: std::sync::Arc<AtomicBool>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
@@ -205,13 +207,14 @@ impl Grows {
                 files.push((file, std::fs::read(&path).unwrap(), 0));
             }
         }
-        let done = std::sync::Arc::new(AtomicBool::new(false));
+        let [done, free] = [false; 2].map(|set| std::sync::Arc::new(AtomicBool::new(set)));
         let thread = std::thread::spawn({
-            let done = done.clone();
+            let (done, free) = (done.clone(), free.clone());
             move || {
                 let began = Instant::now();
                 while !done.load(Ordering::Relaxed) {
-                    let share = (began.elapsed().as_secs_f64() / whole.as_secs_f64()).min(1.0);
+                    let share = (began.elapsed().as_secs_f64() / whole.as_secs_f64())
+                        .min(if free.load(Ordering::Relaxed) { 1.0 } else { 0.5 });
                     for (file, content, at) in &mut files {
                         let to = (content.len() as f64 * share) as usize;
                         file.write_all(&content[*at..to]).unwrap();
@@ -224,10 +227,11 @@ impl Grows {
                 }
             }
         });
-        Self { dir, done, thread: Some(thread) }
+        Self { dir, free, done, thread: Some(thread) }
     }
 
     fn wait(&mut self) {
+        self.free.store(true, Ordering::Relaxed);
         self.thread.take().unwrap().join().unwrap();
     }
 }
@@ -242,10 +246,11 @@ impl Drop for Grows {
 fn under_requests_a_running_job_takes_a_candidate_over_and_no_impression_is_skipped_or_counted_twice() {
     let input = generate(&["-n", "30000", "--partitions", "2", "--disorder", "2s", "--duplicates", "0.02"]);
     let log = input.path().join("in");
-    let mut growing = Grows::start(&log, Duration::from_secs(20));
+    let mut growing = Grows::start(&log, Duration::from_secs(10));
     let count = |job: &Job| job.edit("prior_ctr = 0.1", "rule = \"count\"");
     let job = Job::over(growing.dir.path());
     count(&job);
+    job.edit("[clicks]", "idle_after = \"never\"\n[clicks]");
     job.edit("[join]", "idle_after = \"never\"\n[join]");
     // Far enough from the end that every window closes while the log still moves.
     let until = "2026-01-01T00:15:00Z";
