@@ -118,22 +118,26 @@ fn an_interrupted_retrain_goes_on_and_comes_to_the_same() {
     let input = generate(LOG);
     let job = Job::over(&input.path().join("in"));
     job.train(&["--until", HALF]);
+    let began = Instant::now();
     let whole = retrain(&job, &["--promote", "never", "--dir", job.path("whole").to_str().unwrap()], 0);
+    let took = began.elapsed().as_micros() as u64;
     let seed = 5;
     println!("seed {seed}");
     let mut chance = Pcg64Mcg::seed_from_u64(seed);
-    let broken = job.path("broken");
-    let args = ["--promote", "never", "--dir", broken.to_str().unwrap()];
-    let mut killed = 0;
-    for _ in 0..12 {
-        let mut child = command(&job, &args).spawn().unwrap();
-        std::thread::sleep(Duration::from_millis(20 + chance.next_u64() % 250));
-        killed += u32::from(child.try_wait().unwrap().is_none());
+    let (mut killed, mut done) = (0, 0);
+    let dir = |done: u32| job.path(&format!("broken-{done}"));
+    while killed < 8 {
+        let dir = dir(done);
+        let mut child = command(&job, &["--promote", "never", "--dir", dir.to_str().unwrap()]).spawn().unwrap();
+        std::thread::sleep(Duration::from_micros(chance.next_u64() % took));
+        match child.try_wait().unwrap() {
+            None => killed += 1,
+            Some(_) => done += 1, // before it could be killed: another one
+        }
         let _ = child.kill();
         child.wait().unwrap();
     }
-    assert!(killed > 3, "it was done before it could be killed");
-    let broken = retrain(&job, &args, 0);
+    let broken = retrain(&job, &["--promote", "never", "--dir", dir(done).to_str().unwrap()], 0);
     assert_eq!(broken["candidate"]["model_digest"], whole["candidate"]["model_digest"]);
     assert_eq!(broken["candidate"]["order_digest"], whole["candidate"]["order_digest"]);
     assert_eq!(broken["comparison"], whole["comparison"]);
