@@ -119,7 +119,8 @@ fn an_interrupted_retrain_goes_on_and_comes_to_the_same() {
     let job = Job::over(&input.path().join("in"));
     job.train(&["--until", HALF]);
     let began = Instant::now();
-    let whole = retrain(&job, &["--promote", "never", "--dir", job.path("whole").to_str().unwrap()], 0);
+    let args = ["--promote", "never", "--passes", "2", "--dir"];
+    let whole = retrain(&job, &[&args[..], &[job.path("whole").to_str().unwrap()]].concat(), 0);
     let took = began.elapsed().as_micros() as u64;
     let seed = 5;
     println!("seed {seed}");
@@ -128,16 +129,21 @@ fn an_interrupted_retrain_goes_on_and_comes_to_the_same() {
     let dir = |done: u32| job.path(&format!("broken-{done}"));
     while killed < 8 {
         let dir = dir(done);
-        let mut child = command(&job, &["--promote", "never", "--dir", dir.to_str().unwrap()]).spawn().unwrap();
+        let mut child = command(&job, &[&args[..], &[dir.to_str().unwrap()]].concat()).spawn().unwrap();
         std::thread::sleep(Duration::from_micros(chance.next_u64() % took));
         match child.try_wait().unwrap() {
             None => killed += 1,
             Some(_) => done += 1, // before it could be killed: another one
         }
-        let _ = child.kill();
+        // A signal that it may answer, or one that it may not.
+        if chance.next_u64() % 2 == 0 {
+            let _ = Command::new("kill").args(["-TERM", &child.id().to_string()]).status();
+        } else {
+            let _ = child.kill();
+        }
         child.wait().unwrap();
     }
-    let broken = retrain(&job, &["--promote", "never", "--dir", dir(done).to_str().unwrap()], 0);
+    let broken = retrain(&job, &[&args[..], &[dir(done).to_str().unwrap()]].concat(), 0);
     assert_eq!(broken["candidate"]["model_digest"], whole["candidate"]["model_digest"]);
     assert_eq!(broken["candidate"]["order_digest"], whole["candidate"]["order_digest"]);
     assert_eq!(broken["comparison"], whole["comparison"]);
@@ -271,6 +277,10 @@ fn under_requests_a_running_job_takes_a_candidate_over_and_no_impression_is_skip
         assert!(child.try_wait().unwrap().is_none(), "the live job ended");
         std::thread::sleep(Duration::from_millis(50));
     }
+    // What is no offer does not end the job.
+    std::fs::write(job.path("checkpoints/handover.json"), "{}").unwrap();
+    std::thread::sleep(Duration::from_millis(1500));
+    assert!(child.try_wait().unwrap().is_none(), "the live job ended");
     let serving = Serving::start(&job.path("snapshots"), &[]);
     serving.ready_when("a version", |status, _| status == 200);
     let over = AtomicBool::new(false);

@@ -16,7 +16,7 @@ use super::job::Options;
 use crate::config::{Checked, Config};
 use crate::event::Time;
 use crate::snapshot::codec::Arrays;
-use crate::train::checkpoint::{self, Checkpoints};
+use crate::train::checkpoint::{self, Checkpoints, Loaded};
 use crate::train::image::Head;
 
 const OFFER: &str = "handover.json";
@@ -54,10 +54,7 @@ pub struct Answer {
 }
 
 fn put(path: &Path, value: &impl Serialize) -> Result<(), Error> {
-    let fail = |source| Error::Io { path: path.to_owned(), action: "write", source };
-    let staged = path.with_extension("json.tmp");
-    let text = serde_json::to_vec_pretty(value).expect("plain data");
-    fs::write(&staged, text).and_then(|()| fs::rename(&staged, path)).map_err(fail)
+    super::put_json(path, value).map_err(|source| Error::Io { path: path.to_owned(), action: "write", source })
 }
 
 fn get<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<Option<T>, Error> {
@@ -85,7 +82,7 @@ pub fn offer(dir: &Path, offer: &Offer) -> Result<(), Error> {
 }
 
 /// Takes an offer back.
-pub fn withdraw(dir: &Path) -> Result<(), Error> {
+fn withdraw(dir: &Path) -> Result<(), Error> {
     remove(&dir.join(OFFER))
 }
 
@@ -104,12 +101,12 @@ fn say(dir: &Path, offer: &Offer, refused: Option<String>) -> Result<(), Error> 
     withdraw(dir)
 }
 
-/// The settings that the offered checkpoint is bound to, or why it cannot be taken.
-fn binding(offer: &Offer) -> Result<BTreeMap<String, String>, String> {
+/// The offered checkpoint and the settings that it is bound to, or why it cannot be taken.
+fn offered(offer: &Offer) -> Result<(BTreeMap<String, String>, Loaded), String> {
     let loaded = Checkpoints::look(&offer.dir).newest().map_err(|error| super::publisher::chain(&error))?;
     let loaded = loaded.ok_or_else(|| format!("there is no checkpoint in `{}`", offer.dir.display()))?;
     let head: Head =
-        serde_json::from_value(loaded.head).map_err(|error| format!("its head cannot be read: {error}"))?;
+        serde_json::from_value(loaded.head.clone()).map_err(|error| format!("its head cannot be read: {error}"))?;
     if loaded.number != offer.number || head.lineage != offer.lineage {
         return Err(format!(
             "`{}` holds checkpoint {} of lineage {} now",
@@ -118,7 +115,7 @@ fn binding(offer: &Offer) -> Result<BTreeMap<String, String>, String> {
             head.lineage
         ));
     }
-    Ok(head.binding)
+    Ok((head.binding, loaded))
 }
 
 /// Asked by a running job now and then: whether it is to go on as another lineage, and under which configuration. An
@@ -127,7 +124,7 @@ pub fn asked(checked: &Checked, options: &Options) -> Result<Option<Checked>, Er
     let Some(settings) = &checked.config.checkpoint else { return Ok(None) };
     let dir = &settings.dir;
     let Some(offer) = get::<Offer>(&dir.join(OFFER))? else { return Ok(None) };
-    let fits = binding(&offer).and_then(|wanted| {
+    let fits = offered(&offer).and_then(|(wanted, _)| {
         if wanted == checked.binding {
             return Ok(Checked { branch: None, ..checked.clone() });
         }
@@ -179,23 +176,20 @@ pub fn take(own: &Checkpoints, checked: &Checked) -> Result<bool, Error> {
         say(dir, &offer, None)?;
         return Ok(true);
     }
-    let refused = match binding(&offer) {
-        Ok(wanted) if wanted == checked.binding => None,
-        Ok(_) => Some("it was trained under other settings than this job was started with".to_owned()),
-        Err(reason) => Some(reason),
+    let refuse = |reason: String| say(dir, &offer, Some(reason)).map(|()| false);
+    let loaded = match offered(&offer) {
+        Ok((wanted, loaded)) if wanted == checked.binding => loaded,
+        Ok(_) => return refuse("it was trained under other settings than this job was started with".to_owned()),
+        Err(reason) => return refuse(reason),
     };
-    if refused.is_none() {
-        let loaded = Checkpoints::look(&offer.dir).newest()?.expect("it was just there");
-        let number = newest.map_or(1, |newest| newest.number + 1);
-        let segments = loaded.segments.iter();
-        let segments = segments.map(|(segment, arrays)| own.write_segment(number, segment.name.as_str(), arrays));
-        let segments = segments.collect::<Result<Vec<_>, _>>()?;
-        // The sums of the comparison were the candidate's; the job compares nothing.
-        let mut arrays = Arrays::new();
-        loaded.arrays.iter().filter(|array| array.name != "compare").cloned().for_each(|array| arrays.push(array));
-        own.write(number, number, &loaded.head, &arrays, &segments)?;
-    }
-    let taken = refused.is_none();
-    say(dir, &offer, refused)?;
-    Ok(taken)
+    let number = newest.map_or(1, |newest| newest.number + 1);
+    let segments = loaded.segments.iter();
+    let segments = segments.map(|(segment, arrays)| own.write_segment(number, segment.name.as_str(), arrays));
+    let segments = segments.collect::<Result<Vec<_>, _>>()?;
+    // The sums of the comparison were the candidate's; the job compares nothing.
+    let mut arrays = Arrays::new();
+    loaded.arrays.iter().filter(|array| array.name != "compare").cloned().for_each(|array| arrays.push(array));
+    own.write(number, number, &loaded.head, &arrays, &segments)?;
+    say(dir, &offer, None)?;
+    Ok(true)
 }

@@ -139,6 +139,24 @@ pub struct Report {
     pub hours_per_minute: Option<f64>,
 }
 
+impl Report {
+    /// Of one that has got so far.
+    fn of(plan: &Plan, lineage: String, candidate: Summary, impressions_this_run: u64, learned: Duration) -> Self {
+        Self {
+            outcome: Outcome::Interrupted,
+            lineage,
+            from: plan.from,
+            frontier: candidate.frontier,
+            version: candidate.snapshot_version,
+            comparison: None,
+            impressions_this_run,
+            seconds: learned.as_secs_f64(),
+            hours_per_minute: None,
+            candidate,
+        }
+    }
+}
+
 /// What was decided at the start, and holds until the retrain is done.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -189,11 +207,13 @@ pub fn run(
         let options =
             Options { warm: warm.take(), journal: request.journal.clone().map(Journal::Manifest), ..once(until) };
         let summary = train::run(&checked, &options, stop, progress);
-        count(&summary.map_err(|source| Error::Job { stage: "an earlier pass of the candidate", source })?);
-        warm = Some(WarmStart::Checkpoint(dir.join(format!("pass-{pass}"))));
+        let summary = summary.map_err(|source| Error::Job { stage: "an earlier pass of the candidate", source })?;
+        count(&summary);
         if stop.load(Ordering::Relaxed) {
-            break;
+            // Nothing may begin as what a pass had learned by then.
+            return Ok(Report::of(&plan, checked.lineage(), summary, impressions, began.elapsed()));
         }
+        warm = Some(WarmStart::Checkpoint(dir.join(format!("pass-{pass}"))));
     }
 
     let checkpoints = dir.join("candidate");
@@ -220,20 +240,10 @@ pub fn run(
         }
         tracing::info!("the log has grown meanwhile; the candidate follows it");
     }
-    let learning = began.elapsed().as_secs_f64();
+    let learned = began.elapsed();
     let hours = summary.frontier.zip(first.flatten()).map(|(last, first)| (last.0 - first.0) as f64 / 3.6e6);
-    let mut report = Report {
-        outcome: Outcome::Interrupted,
-        lineage: lineage.clone(),
-        from: plan.from,
-        frontier: summary.frontier,
-        version: summary.snapshot_version,
-        comparison: None,
-        impressions_this_run: impressions,
-        seconds: learning,
-        hours_per_minute: hours.map(|hours| hours / (learning / 60.0)),
-        candidate: summary,
-    };
+    let mut report = Report::of(&plan, lineage, summary, impressions, learned);
+    report.hours_per_minute = hours.map(|hours| hours * 60.0 / learned.as_secs_f64());
     if stop.load(Ordering::Relaxed) {
         return Ok(report);
     }
@@ -247,7 +257,7 @@ pub fn run(
         let checked = shadow(live, &dir.join("live"))?;
         // The stretch of the copy changes as the candidate gets further: it begins again from the start.
         if through_of(&dir.join("through.json"))? != Some(through) {
-            pin_live(live, &dir.join("live"), &dir.join("live-pinned"))?;
+            lay_anew(&dir.join("live-pinned"), &dir.join("live"))?;
             write(&dir.join("through.json"), &through)?;
         }
         let (checked, until) = bounded(checked, Some(Time(through.0.0 + 1)));
@@ -357,10 +367,7 @@ fn slice(schema: &Schema, name: &str, value: &str) -> Result<Slice, Error> {
 }
 
 fn write(path: &Path, value: &impl Serialize) -> Result<(), Error> {
-    let fail = |source| Error::Io { path: path.to_owned(), action: "write", source };
-    let staged = path.with_extension("json.tmp");
-    let text = serde_json::to_vec_pretty(value).expect("plain data");
-    fs::write(&staged, text).and_then(|()| fs::rename(&staged, path)).map_err(fail)
+    super::put_json(path, value).map_err(|source| Error::Io { path: path.to_owned(), action: "write", source })
 }
 
 fn through_of(path: &Path) -> Result<Option<At>, Error> {
@@ -372,14 +379,13 @@ fn through_of(path: &Path) -> Result<Option<At>, Error> {
 }
 
 /// Lays the pinned checkpoint of the live job into the directory that its copy runs in, in place of what is there.
-fn pin_live(live: &Config, to: &Path, pinned: &Path) -> Result<(), Error> {
+fn lay_anew(pinned: &Path, to: &Path) -> Result<(), Error> {
     match fs::remove_dir_all(to) {
         Err(source) if source.kind() != io::ErrorKind::NotFound => {
             return Err(Error::Io { path: to.to_owned(), action: "remove", source });
         }
         _ => {}
     }
-    debug_assert!(live.checkpoint.is_some());
     Checkpoints::look(pinned).copy_newest(to)?;
     Ok(())
 }

@@ -263,7 +263,11 @@ fn run_lineage(
         }
         if shown.elapsed() > Duration::from_secs(1) {
             shown = Instant::now();
-            next = handover::asked(checked, options)?;
+            next = handover::asked(checked, options).unwrap_or_else(|error| {
+                let error = super::publisher::chain(&error);
+                tracing::error!(error, "an offer of a retrained model cannot be looked at; the job goes on without it");
+                None
+            });
             if next.is_some() {
                 break false;
             }
