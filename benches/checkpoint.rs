@@ -108,7 +108,7 @@ fn main() {
     let checked = Config::load(&path, &[]).unwrap().check(None).unwrap();
     let mut model = model(&checked, rows);
     let at = dir.path().join("checkpoints");
-    let keeper = Keeper::start(&checked, Checkpoints::open(&at).unwrap(), 1).unwrap();
+    let keeper = Keeper::start(&checked, Checkpoints::open(&at).unwrap(), 1, None).unwrap();
 
     let (mut outcomes, mut fulls, mut increments) = (Vec::new(), Vec::new(), Vec::new());
     for batch in 1..=ROUNDS as u32 {

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-ENCODING = 1
+ENCODING = 2
+MARK_BITS = 12
 BOUND = 1e6
 LEAST_WEIGHT = 1e-6
 
@@ -85,8 +86,19 @@ def seed_of(name: str) -> int:
     return xxhash.xxh3_64_intdigest(name.encode())
 
 
+def mark_of(high: int, seed: int) -> int:
+    """The low bits of a row whose other bits are `high`."""
+    return ((high ^ seed) * 0x9E3779B97F4A7C15 & 2**64 - 1) >> 64 - MARK_BITS
+
+
 def row_of(text: bytes, seed: int) -> int:
-    return xxhash.xxh3_64_intdigest(text, seed) or 1
+    high = xxhash.xxh3_64_intdigest(text, seed) >> MARK_BITS
+    return high << MARK_BITS | mark_of(high, seed) or 1
+
+
+def may_be_of(row: int, seed: int) -> bool:
+    """Whether a row may be one of the feature with this seed: true of its own, and of one in 4096 others."""
+    return row & 2**MARK_BITS - 1 == mark_of(row >> MARK_BITS, seed)
 
 
 def id_of(*parts: Any) -> int:
@@ -248,6 +260,12 @@ class Schema:
     def vector(self, i: int, row: int) -> int:
         """The id of the vector that a row of a feature has in the towers."""
         return row ^ self.features[i].key or 1
+
+    def may_own(self, i: int, row: int) -> bool:
+        """Whether a row may be one of feature or cross `i`: true of its own, and of one in 4096 others."""
+        if i < len(self.features):
+            return may_be_of(row ^ self.features[i].key, self.features[i].seed)
+        return may_be_of(row, seed_of(self.name(i)))
 
     def encode(self, record: dict, element: Any = None, at_serving: bool = False) -> list[Slot]:
         """The slots of a record, or of one element of its exploded array."""

@@ -16,8 +16,9 @@ use rand_pcg::Pcg64Mcg;
 use rand_pcg::rand_core::{Rng as _, SeedableRng as _};
 use serde_json::Value;
 use tempfile::TempDir;
-use tidemill::snapshot::Manifest;
+use tidemill::feature::Schema;
 use tidemill::snapshot::manifest::Document as _;
+use tidemill::snapshot::{Manifest, Store};
 
 /// About 400 s of log, 10 % of 12,000 impressions clicked.
 const LOG: &[&str] = &["-n", "12000", "--partitions", "2", "--disorder", "2s", "--duplicates", "0.02"];
@@ -60,6 +61,13 @@ fn a_retrain_of_the_same_log_under_the_same_settings_is_the_live_model_and_is_ha
     assert!(handed["impressions_this_run"].as_u64().unwrap() < 3000, "{}", handed["impressions_this_run"]);
     let once = Job::over(&input.path().join("in")).train(&["--until-end"]);
     assert_eq!(outcome(&handed), outcome(&once));
+    // And a replay comes to each checkpoint that the job has written since, as the candidate.
+    let mut verify = Command::new(TIDEMILL);
+    verify.args(["verify", "replay", "--json", "-c"]).arg(job.path("job.toml"));
+    let replayed = summary(&verify.output().unwrap());
+    assert_eq!((&replayed["same"], &replayed["lineage"]), (&true.into(), &report["lineage"]), "{replayed}");
+    let digests = replayed["marks"].as_array().unwrap().iter().filter(|mark| !mark["of"]["digests"].is_null());
+    assert!(digests.count() >= 2, "{replayed}");
     // The end may as well be where a version ends.
     let manifest = job.path("snapshots/manifests/000000000002.json");
     let through = job.path("through");
@@ -197,6 +205,59 @@ fn more_passes_and_a_warm_start_begin_with_what_was_learned() {
     }
 }
 
+#[test]
+fn a_warm_start_drops_the_rows_and_vectors_of_features_that_are_gone_and_no_others() {
+    let input = generate(LOG);
+    let job = Job::over(&input.path().join("in"));
+    job.edit(
+        "[model.logistic]",
+        "[model]\nkind = \"two_tower\"\n[model.two_tower]\ndim = 4\nlayers = [8]\n[model.logistic]",
+    );
+    job.edit("from = \"user.id\"", "from = \"user.id\"\ntower = \"user\"");
+    job.edit("from = \"item.id\"", "from = \"item.id\"\ntower = \"item\"");
+    job.edit("name = \"tags\"", "name = \"tags\"\ntower = \"item\"");
+    job.train(&["--until", HALF]);
+    let newest = |channel: &str| {
+        let store = Store::open(job.path("snapshots").to_str().unwrap()).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let snapshot = runtime.block_on(store.load_latest(channel)).unwrap().unwrap();
+        let schema = Schema::from_json(&snapshot.manifest.model.schema.to_string()).unwrap();
+        (schema, snapshot.weights)
+    };
+    let (before, had) = newest("live");
+    let live = job.path("live.toml");
+    std::fs::copy(job.path("job.toml"), &live).unwrap();
+    job.edit("[[features]]\nname = \"tags\"\ntower = \"item\"\nkind = \"multi\"\n", "");
+    job.edit("[[crosses]]\nof = [\"user_id\", \"tags\"]\n", "");
+    for from in ["checkpoints", "snapshots"] {
+        let (dir, from) = (job.path(&format!("from-{from}")), job.path(from));
+        // It learns from little, so what it holds is what it began with and a bit.
+        let args = ["--promote", "never", "--from", "2026-01-01T00:02:00Z", "--warm-start"];
+        let paths = [from.to_str().unwrap(), "--dir", dir.to_str().unwrap(), "--live", live.to_str().unwrap()];
+        let output = command(&job, &[&args[..], &paths].concat()).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "{text}");
+        let (after, has) = newest("candidate");
+        let owned = |id: u64| (0..after.len()).any(|i| after.may_own(i, id));
+        let used = |id: u64| (0..after.len()).any(|i| after.may_use_vector(i, id));
+        assert!(has.ids().iter().all(|&id| owned(id)));
+        let stayed = |id: &u64| has.ids().binary_search(id).is_ok();
+        assert!(had.ids().iter().filter(|id| owned(**id)).all(stayed), "a row went that could be of a feature");
+        let (vectors, ours) = (had.towers().unwrap().ids(), has.towers().unwrap().ids());
+        assert!(ours.iter().all(|&id| used(id)));
+        assert!(vectors.iter().filter(|id| used(**id)).all(|id| ours.binary_search(id).is_ok()), "a vector went");
+        let of = |name: &str| {
+            let i = before.index_of(name).unwrap();
+            had.ids().iter().filter(|id| before.may_own(i, **id)).collect::<Vec<_>>()
+        };
+        for name in ["tags", "user_id*tags"] {
+            let (rows, left) = (of(name), of(name).into_iter().filter(|id| stayed(id)).count());
+            assert!(rows.len() > 10 && left * 50 <= rows.len(), "{left} of {} rows of {name}", rows.len());
+            assert!(text.contains(&format!("\"{name}\"")), "{name} is not said to be gone: {text}");
+        }
+    }
+}
+
 /// Appends a log to files of a directory while it lives, as fast as it takes `whole` for all; not past half of it before it
 /// is let go on, however slow the machine.
 struct Grows {
@@ -303,8 +364,12 @@ fn under_requests_a_running_job_takes_a_candidate_over_and_no_impression_is_skip
         (report, asking.join().unwrap())
     });
     assert_eq!((&report["outcome"], &report["job"]), (&"promoted".into(), &"took_over".into()), "{report}");
-    assert!(answers.is_sorted() && answers.len() > 100, "{answers:?}");
-    assert!(*answers.last().unwrap() >= report["version"].as_u64().unwrap(), "the fleet has not got it");
+    // The candidate was published before it was promoted, so the job may have published versions since with larger numbers.
+    let candidate = report["version"].as_u64().unwrap();
+    let steps: Vec<_> = answers.windows(2).filter(|pair| pair[0] != pair[1]).collect();
+    assert!(answers.iter().filter(|version| **version != candidate).is_sorted(), "versions changed {steps:?}");
+    assert!(answers.len() > 100, "{} answers", answers.len());
+    assert!(*answers.last().unwrap() >= candidate, "the fleet has not got it: versions changed {steps:?}");
     growing.wait();
     let output = child.wait_with_output().unwrap();
     let said = said.join().unwrap();

@@ -286,3 +286,32 @@ fn what_the_trainer_says_is_what_the_published_towers_say() {
     assert!(said.iter().any(|product| product.abs() > 1e-3), "{said:?}");
     assert_eq!(snapshot.manifest.rows, done["rows"].as_u64().unwrap());
 }
+
+#[test]
+fn a_version_says_how_many_rows_and_vectors_each_feature_has() {
+    let input = stream(&["-n", "6000"]);
+    let job = job(&input.path().join("in"));
+    job.train(&["--until-end"]);
+    let mut show = std::process::Command::new(common::TIDEMILL);
+    show.args(["snapshots", "show", "--features", "--json", "--store"]).arg(job.path("snapshots"));
+    let shown: serde_json::Value = serde_json::from_slice(&show.output().unwrap().stdout).unwrap();
+    let store = Store::open(job.path("snapshots").to_str().unwrap()).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let weights = runtime.block_on(store.load_latest("live")).unwrap().unwrap().weights;
+    let held = shown["features"]["by_name"].as_array().unwrap();
+    let of = |name: &str, what: &str| {
+        let held = held.iter().find(|held| held["name"] == name).unwrap_or_else(|| panic!("no {name} in {shown}"));
+        held[what].as_u64().unwrap()
+    };
+    // Each table is counted whole, and what is unclear is little.
+    for (what, i, total) in [("rows", 0, weights.ids().len()), ("vectors", 1, weights.towers().unwrap().ids().len())] {
+        let unclear = shown["features"]["unclear"][i].as_u64().unwrap();
+        let sum: u64 = held.iter().map(|held| held[what].as_u64().unwrap()).sum();
+        assert_eq!(sum + unclear, total as u64);
+        assert!(unclear * 100 < sum, "{shown}");
+    }
+    // An age has few values and an item's vectors are those of what was seen; an impression's id is one of its own.
+    assert!((3..40).contains(&of("age", "rows")) && of("trace", "rows") > 5000, "{shown}");
+    assert!(of("item_id", "vectors") > 10 && of("seen", "vectors") == 0 && of("seen", "rows") > 10, "{shown}");
+    assert_eq!((of("user_id*tags", "vectors"), of("position", "vectors")), (0, 0));
+}

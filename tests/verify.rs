@@ -37,15 +37,21 @@ fn said(output: &Output, status: i32) -> Value {
 fn a_replay_comes_to_the_checkpoint_and_to_every_version_in_the_store() {
     let input = generate(LOG);
     let job = Job::over(&input.path().join("in"));
-    // A lineage that was stopped and went on, and publishes deltas.
-    job.train(&["--until", "2026-01-01T00:02:00Z"]);
-    job.train(&["--until", "2026-01-01T00:04:00Z"]);
+    // A lineage that was stopped and went on over and over, and publishes deltas.
+    for seconds in (30..=240).step_by(30) {
+        job.train(&["--until", &format!("2026-01-01T00:{:02}:{:02}Z", seconds / 60, seconds % 60)]);
+    }
     let replayed = said(&verify(&job, "replay", &[]), 0);
     assert_eq!(replayed["same"], true, "{replayed}");
     let marks = replayed["marks"].as_array().unwrap();
     let of = |kind: &str| marks.iter().filter(|mark| !mark["of"][kind].is_null()).count();
     assert_eq!(of("checkpoint"), 1);
     assert!(of("version") >= 2, "{replayed}");
+    // Every checkpoint there ever was, though only the newest are still on the disk.
+    let newest = marks.iter().find_map(|mark| mark["of"]["checkpoint"].as_u64()).unwrap();
+    let numbers: Vec<u64> = marks.iter().filter_map(|mark| mark["of"]["digests"].as_u64()).collect();
+    assert_eq!(numbers, (1..=newest).collect::<Vec<_>>());
+    assert!(newest > 5, "{replayed}");
     assert_eq!(replayed["builds"], Value::Null);
 }
 
@@ -53,6 +59,9 @@ fn a_replay_comes_to_the_checkpoint_and_to_every_version_in_the_store() {
 fn a_log_that_was_changed_behind_the_job_is_noticed_with_table_and_row_and_the_first_batches_it_may_be() {
     let input = generate(&["-n", "6000"]);
     let job = Job::over(&input.path().join("in"));
+    for until in ["00:30", "01:00", "01:30", "02:00", "02:30"] {
+        job.train(&["--until", &format!("2026-01-01T00:{until}Z")]);
+    }
     job.train(&["--until-end"]);
     let path = input.path().join("in/clicks-000.jsonl");
     let text = std::fs::read_to_string(&path).unwrap();
@@ -71,11 +80,25 @@ fn a_log_that_was_changed_behind_the_job_is_noticed_with_table_and_row_and_the_f
         replayed["marks"].as_array().unwrap().iter().filter(|mark| mark["same"] == false).collect();
     assert!(!differs.is_empty());
     for mark in &differs {
-        assert!(mark["difference"].as_str().unwrap().contains("logistic, row "), "{mark}");
+        let expected = if mark["of"]["digests"].is_null() { "logistic, row " } else { "other: " };
+        assert!(mark["difference"].as_str().unwrap().contains(expected), "{mark}");
     }
-    // What came before the click is equal.
+    // What came before the click is equal, and the first checkpoint behind it is not.
     let [equal, first] = [0, 1].map(|i| replayed["differs_between"][i].as_u64().unwrap());
     assert!(equal > 0 && equal < first, "{replayed}");
+    let marks = replayed["marks"].as_array().unwrap();
+    let checkpoints: Vec<&Value> = marks.iter().filter(|mark| !mark["of"]["digests"].is_null()).collect();
+    let rows = |mark: &&Value| mark["difference"] == "other: rows of the logistic table";
+    let at = checkpoints.iter().position(rows).unwrap();
+    let [before, behind] = [at - 1, at].map(|at| checkpoints[at]["batch"].as_u64().unwrap());
+    assert!(first <= behind, "{replayed}");
+    assert!(
+        checkpoints[at..].iter().all(|mark| mark["same"] == false),
+        "what differed once does so in every later mark"
+    );
+    let newest = marks.iter().find(|mark| !mark["of"]["checkpoint"].is_null()).unwrap();
+    let row = format!("it began behind batch {before} and not behind {behind}: logistic, row ");
+    assert!(newest["difference"].as_str().unwrap().starts_with(&row), "{newest}");
 }
 
 #[test]

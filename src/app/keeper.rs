@@ -15,6 +15,7 @@ use crate::telemetry;
 use crate::train::checkpoint::{self, Checkpoints, SegmentRef};
 use crate::train::core::Image;
 use crate::train::image::{self, Branch, FORMAT, Head, ROWS, SEEN};
+use crate::train::mark::{Marker, Past};
 
 /// Most files with changed rows behind one with all rows: a resume reads them all.
 const INCREMENTS: usize = 20;
@@ -52,9 +53,17 @@ struct Job {
 }
 
 impl Keeper {
-    /// Starts the thread. `next` is the number of the first checkpoint it writes.
-    pub fn start(checked: &Checked, store: Checkpoints, next: u64) -> std::io::Result<Self> {
+    /// Starts the thread. `next` is the number of the first checkpoint it writes, `resumed` what the job goes on from.
+    pub fn start(checked: &Checked, store: Checkpoints, next: u64, resumed: Option<Past>) -> std::io::Result<Self> {
         let (jobs, inbox) = bounded(1);
+        let marked = resumed.as_ref().map(|past| past.mark.batch);
+        if let Some(past) = resumed {
+            // A run that was killed between a checkpoint and this line, or a lineage that was handed over.
+            let known = store.history().unwrap_or_default();
+            if known.last() != Some(&past) {
+                note(&store, &past);
+            }
+        }
         let writer = Writer {
             store,
             next,
@@ -65,6 +74,8 @@ impl Keeper {
             binding: checked.binding.clone(),
             build: checked.build(),
             chain: Chain::default(),
+            marker: Marker::new(checked.join.window),
+            marked,
             durable: Durable::default(),
         };
         let (durable, shared) = (Arc::clone(&writer.durable), Arc::<Shared>::default());
@@ -164,7 +175,18 @@ struct Writer {
     build: String,
     /// Of the newest durable checkpoint of this process.
     chain: Chain,
+    marker: Marker,
+    /// Batch of the last mark.
+    marked: Option<u64>,
     durable: Durable,
+}
+
+/// Adds to the history. The checkpoint itself is there already, so a failure is said and no more.
+fn note(store: &Checkpoints, past: &Past) {
+    if let Err(error) = store.append_history(past) {
+        let error = super::publisher::chain(&error);
+        tracing::warn!(error, "a checkpoint is not in the history, `verify replay` cannot compare with it later");
+    }
 }
 
 /// Files that the next checkpoint may name without writing them again.
@@ -246,6 +268,7 @@ impl Writer {
             seen.insert(key, file);
         }
         let model = image.model.sorted();
+        let mark = self.marker.mark(image, &model, image.since.map(u64::from).or(self.marked));
         chain.rows.push(put(ROWS, &image::row_arrays(image, &model))?);
         chain.seen = seen;
         segments.extend(chain.rows.iter().cloned());
@@ -254,7 +277,7 @@ impl Writer {
             job: self.job.clone(),
             lineage: self.lineage.clone(),
             branch: self.branch.clone(),
-            schema: Some(self.schema.clone()),
+            schema: self.schema.clone(),
             binding: self.binding.clone(),
             build: self.build.clone(),
             place: image.place.clone(),
@@ -267,8 +290,13 @@ impl Writer {
             features: model.logistic.counts.clone(),
             rows: image.model.rows,
             predictions,
+            mark,
         };
         bytes += self.store.write(self.next, chain.number, &head, &image::arrays(image, &model), &segments)?;
+        if let Some(mark) = head.mark {
+            self.marked = Some(mark.batch);
+            note(&self.store, &Past { number: self.next, lineage: head.lineage, mark });
+        }
         self.next += 1;
         self.chain = chain;
         *self.durable.lock().unwrap_or_else(PoisonError::into_inner) = Some(head.partitions);
@@ -288,11 +316,13 @@ mod tests {
 
     use super::*;
     use crate::config::Config;
-    use crate::event::{Example, Slot};
+    use crate::event::{Example, Slot, Stream};
     use crate::join;
+    use crate::merge::Key;
     use crate::model::{self, Model};
     use crate::train::checkpoint::Loaded;
     use crate::train::core::Place;
+    use crate::train::mark;
 
     /// A job in which ids are admitted by chance and count, expire, and are evicted, in both tables.
     const CONFIG: &str = r#"
@@ -359,13 +389,22 @@ mod tests {
     fn image(model: &Model, batch: u32, since: Option<u32>) -> Image {
         let changed = since.and_then(|since| model.image_after(since));
         let since = since.filter(|_| changed.is_some());
+        let at = Key {
+            time: Time(i64::from(batch)),
+            stream: Stream::Impressions,
+            id: 0,
+            content: 0,
+            partition: 0,
+            offset: 0,
+            row: 0,
+        };
         let seen = |at: u32| join::Segment {
             start: Time(i64::from(at)),
             ids: (1..=u64::from(at)).collect(),
             infos: vec![join::SeenInfo::from_bits(0); at as usize],
         };
         Image {
-            place: Place { batches: u64::from(batch), ..Place::default() },
+            place: Place { batches: u64::from(batch), frontier: Some(at), ..Place::default() },
             partitions: Vec::new(),
             journal: Vec::new(),
             clicks: Vec::new(),
@@ -402,15 +441,15 @@ mod tests {
             prop_oneof![4 => Just(Step::Learn), 2 => Just(Step::Offer), 2 => Just(Step::Write), 1 => Just(Step::Fail)];
         let steps = prop::collection::vec((step, any::<bool>()), 10..60);
         let [increments, longest, removed, quarantined, fell_back] = [const { Cell::new(0) }; 5];
-        let [refused, expired, evicted] = [const { Cell::new(0) }; 3];
+        let [refused, expired, evicted, marked] = [const { Cell::new(0) }; 4];
         let add = |cell: &Cell<u64>, more: u64| cell.set(cell.get() + more);
         let run = |(steps, damaged): (Vec<(Step, bool)>, prop::sample::Index)| {
             let dir = tempfile::tempdir().unwrap();
             let checked = checked(dir.path());
             let (at, away) = (dir.path().join("checkpoints"), dir.path().join("away"));
-            let keeper = Keeper::start(&checked, Checkpoints::open(&at).unwrap(), 1).unwrap();
+            let keeper = Keeper::start(&checked, Checkpoints::open(&at).unwrap(), 1, None).unwrap();
             let (mut model, mut plain) = (checked.model.start().unwrap(), checked.model.start().unwrap());
-            let (mut batch, mut states) = (1, HashMap::new());
+            let (mut batch, mut states, mut images) = (1, HashMap::new(), HashMap::new());
             learn(&mut model, batch);
             learn(&mut plain, batch);
             for (step, marks) in steps {
@@ -438,6 +477,7 @@ mod tests {
                     }
                 }
                 states.insert(batch, model.image().sorted());
+                images.insert(u64::from(batch), image(&plain, batch, None));
                 // As the training loop does, but for marks that are left out as they are once there are many.
                 if let Some(known) = keeper.acknowledged() {
                     model.forget_changes_to(known as u32);
@@ -454,6 +494,15 @@ mod tests {
             prop_assert_eq!(model.image().sorted().digest(), plain.image().sorted().digest(), "saving shows");
 
             let store = Checkpoints::open(&at).unwrap();
+            // What was written of each checkpoint, mostly from an image of what changed, is what the whole state comes to.
+            let past: Vec<Past> = store.history().unwrap();
+            for Past { mark, .. } in &past {
+                let whole = &images[&mark.batch];
+                let expected = Marker::new(checked.join.window).mark(whole, &whole.model.sorted(), mark.since);
+                prop_assert_eq!(expected.as_ref(), Some(mark));
+                add(&marked, u64::from(mark.since.is_some_and(|since| since < mark.batch)));
+            }
+            prop_assert_eq!(mark::way(past.clone(), &checked.lineage()), past, "nothing of it was taken back");
             let Some(loaded) = store.newest().unwrap() else { return Ok(()) };
             let (then, state) = state(&loaded);
             let length = loaded.segments.iter().filter(|(file, _)| file.name == ROWS).count() as u64;
@@ -468,7 +517,7 @@ mod tests {
             prop_assert_eq!(resumed.image().sorted().digest(), plain.image().sorted().digest(), "resuming shows");
 
             let mut names: Vec<_> = fs::read_dir(&at).unwrap().map(|entry| entry.unwrap().path()).collect();
-            names.retain(|path| path.file_name().is_some_and(|name| name != "LOCK"));
+            names.retain(|path| path.file_name().is_some_and(|name| name != "LOCK" && name != "history.jsonl"));
             names.sort();
             if names.iter().filter(|path| path.extension().is_some_and(|end| end == "json")).count() > 1 {
                 let path = damaged.get(&names);
@@ -483,11 +532,11 @@ mod tests {
             Ok(())
         };
         TestRunner::new(Cases::with_cases(40)).run(&(steps, any::<prop::sample::Index>()), run).unwrap();
-        let counts =
-            [increments, longest, removed, quarantined, fell_back, refused, expired, evicted].map(Cell::into_inner);
+        let counts = [increments, longest, removed, quarantined, fell_back, refused, expired, evicted, marked]
+            .map(Cell::into_inner);
         assert!(
             counts.iter().all(|count| *count > 3),
-            "increments, longest chain, removed, quarantined, fallbacks, refused, expired, evicted: {counts:?}"
+            "increments, longest chain, removed, quarantined, fallbacks, refused, expired, evicted, marks: {counts:?}"
         );
     }
 }

@@ -28,6 +28,7 @@ use crate::train::compare::Kept;
 use crate::train::core::{Advance, Core, Sampling};
 use crate::train::fresh::Fresh;
 use crate::train::image::{self, FORMAT, Head, Ordered};
+use crate::train::mark::Past;
 use crate::train::progressive::Progressive;
 
 /// A line now and then while a job runs, for a person to follow.
@@ -35,7 +36,7 @@ pub trait Progress {
     fn show(&mut self, line: &Tick);
 
     /// Looks at the core at a batch boundary. Whether the run goes on.
-    fn boundary(&mut self, _core: &Core) -> bool {
+    fn boundary(&mut self, _core: &mut Core) -> bool {
         true
     }
 }
@@ -98,11 +99,14 @@ fn run_lineage(
         }
     };
     let mut next_checkpoint = 1;
+    let mut past = None;
     let (restored, model, measured, predictions_at, branch, words) = match loaded {
         Some(loaded) => {
             let dir = settings.map(|settings| settings.dir.clone()).unwrap_or_default();
             next_checkpoint = loaded.number + 1;
-            let head: Head = read_head(&loaded.head, &dir, checked)?;
+            let mut head: Head = read_head(&loaded.head, &dir, checked)?;
+            let lineage = head.lineage.clone();
+            past = head.mark.take().map(|mark| Past { number: loaded.number, lineage, mark });
             if let Some(expected) = &checked.branch
                 && head.branch.as_ref() != Some(expected)
             {
@@ -138,8 +142,8 @@ fn run_lineage(
 
     // Last stage first: publisher and checkpoint writer, the core, then what feeds it.
     let publisher = config.snapshots.as_ref().map(|settings| Handle::start(checked, settings)).transpose()?;
-    let keeper =
-        checkpoints.map(|store| Keeper::start(checked, store, next_checkpoint)).transpose().map_err(Error::Thread)?;
+    let keeper = checkpoints.map(|store| Keeper::start(checked, store, next_checkpoint, past)).transpose();
+    let keeper = keeper.map_err(Error::Thread)?;
 
     let batch = &config.batch;
     let period = batch.period.0.map(|period| period.as_millis() as i64);
@@ -215,7 +219,7 @@ fn run_lineage(
                 }
                 drain(&mut core, predictions.as_mut(), &mut dead)?;
                 job.boundary(&mut core, predictions.as_mut(), &mut dead)?;
-                if !progress.boundary(&core) {
+                if !progress.boundary(&mut core) {
                     break true;
                 }
             }

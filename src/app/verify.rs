@@ -1,10 +1,10 @@
 //! `tidemill verify`: the promise that the same log and the same configuration give the same bytes, put to the test.
 //!
-//! [`replay`] learns the log again that a job has learned, with its journal, and compares at each batch of which there is
-//! still something to compare with: its newest checkpoint, and the versions of its lineage that are in the store. [`restart`]
-//! runs a job twice, once in peace and once killed over and over, and compares their digests.
+//! [`replay`] learns the log again that a job has learned, with its journal, and compares: with the digests of every checkpoint
+//! that the job has written, with its newest checkpoint, row by row, and with the versions of its lineage that are in the store.
+//! [`restart`] runs a job twice, once in peace and once killed over and over, and compares their digests.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -21,13 +21,15 @@ use super::train::{self, Progress, Tick};
 use super::warm::WarmStart;
 use crate::config::{self, Checked, Config, DeadLetterSettings};
 use crate::event::Time;
+use crate::merge::Key;
 use crate::model::State;
 use crate::snapshot::codec::{self, Digest};
 use crate::snapshot::manifest::PAYLOAD_FORMAT;
 use crate::snapshot::{self, Manifest, Precision, Store, Version, Weights};
 use crate::train::checkpoint::{self, Checkpoints};
-use crate::train::core::Core;
+use crate::train::core::{Core, Place};
 use crate::train::image::{self, Digests, Ordered};
+use crate::train::mark::{self, Marker, Past};
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -53,13 +55,16 @@ pub enum Error {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Of {
+    /// A checkpoint, by the digests that the history has of it.
+    Digests(u64),
+    /// The newest checkpoint, all of it.
     Checkpoint(u64),
     Version(u64),
 }
 
 /// How one comparison went.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Mark {
+pub struct Compared {
     pub of: Of,
     pub batch: u64,
     pub frontier: Option<Time>,
@@ -77,59 +82,121 @@ pub struct Replayed {
     pub builds: Option<[String; 2]>,
     /// The last batch that is equal, and the first that may differ.
     pub differs_between: Option<[u64; 2]>,
-    pub marks: Vec<Mark>,
+    pub marks: Vec<Compared>,
     /// Versions of the lineage that lie past the checkpoint.
     pub versions_past: usize,
     pub seconds: f64,
 }
 
-/// What there is to compare with at one batch.
-#[derive(Default)]
-struct Wanted {
-    checkpoint: Option<u64>,
-    versions: Vec<(Version, Precision, Digest)>,
+/// Rows that a difference began in: those that changed in the batches behind `after` up to `to`, where it was noticed first.
+struct Suspects {
+    after: u64,
+    to: u64,
+    /// Ids of the logistic and of the embedding table that the replay changed there.
+    changed: [HashSet<u64>; 2],
 }
 
 struct Auditor<'a> {
     checked: &'a Checked,
     progress: &'a mut dyn Progress,
-    wanted: BTreeMap<u64, Wanted>,
-    last: u64,
+    /// What checkpoints came to, in their order.
+    past: VecDeque<Past>,
+    marker: Marker,
+    suspects: Option<Suspects>,
+    /// The newest checkpoint, and where it was written.
+    newest: Option<(u64, Place)>,
+    /// Versions by batch.
+    versions: BTreeMap<u64, Vec<(Version, Precision, Digest)>>,
     digests: Digests,
     stored: &'a State,
-    marks: Vec<Mark>,
+    marks: Vec<Compared>,
     /// Of each version that differs, what the replay has.
     differ: Vec<(usize, Version, Weights)>,
     failed: Option<codec::Error>,
 }
 
 impl Auditor<'_> {
-    fn audit(&mut self, core: &Core, wanted: &Wanted) -> Result<(), codec::Error> {
+    /// Takes the next mark if it stands at a place of this kind.
+    fn next_mark(&mut self, is: impl Fn(Key) -> bool) -> Option<Past> {
+        if self.past.front().is_some_and(|past| is(past.mark.frontier)) { self.past.pop_front() } else { None }
+    }
+
+    /// Compares the marks of checkpoints that were written here.
+    fn compare_marks(&mut self, core: &mut Core) {
+        let (batch, frontier) = (core.place().batches, core.place().frontier);
+        let Some(here) = frontier else { return };
+        // Where the replay has cut its batches otherwise, it comes by a mark without standing there.
+        while let Some(past) = self.next_mark(|there| there < here) {
+            self.marks.push(missed(Of::Digests(past.number), past.mark.batch));
+        }
+        while let Some(past) = self.next_mark(|there| there == here) {
+            let image = core.image_after(past.mark.since.and_then(|since| u32::try_from(since).ok()));
+            let model = image.model.sorted();
+            let ours = self.marker.mark(&image, &model, past.mark.since);
+            let Some(ours) = ours else { continue };
+            let differs = ours.differs(&past.mark);
+            if ours.rows_differ(&past.mark) && self.suspects.is_none() {
+                let after = past.mark.since.unwrap_or(0);
+                let towers = model.towers.as_ref().map(|towers| (&towers.rows.ids, &towers.rows.touched));
+                let changed = [Some((&model.logistic.rows.ids, &model.logistic.rows.touched)), towers].map(|rows| {
+                    let rows = rows.into_iter().flat_map(|(ids, touched)| ids.iter().zip(touched));
+                    rows.filter(|&(_, &touched)| u64::from(touched) > after).map(|(&id, _)| id).collect()
+                });
+                self.suspects = Some(Suspects { after, to: batch, changed });
+            }
+            self.marks.push(Compared {
+                of: Of::Digests(past.number),
+                batch,
+                frontier: Some(here.time),
+                same: differs.is_none(),
+                difference: differs.map(|what| format!("other: {what}")),
+            });
+            // The next one covers what changes behind this.
+            if let Some(since) = self.past.front().and_then(|next| next.mark.since) {
+                core.model.forget_changes_to(u32::try_from(since.min(batch)).unwrap_or(0));
+            }
+            core.model.mark(u32::try_from(batch).expect("the job stops before 2^32 batches"));
+        }
+    }
+
+    fn audit(&mut self, core: &Core) -> Result<(), codec::Error> {
+        let (batch, frontier) = (core.place().batches, core.place().frontier);
+        let newest = self.newest.take_if(|(_, place)| place.frontier == frontier);
+        let versions = self.versions.remove(&batch).unwrap_or_default();
+        if newest.is_none() && versions.is_empty() {
+            return Ok(());
+        }
         let image = core.image();
         let model = image.model.sorted();
-        let (batch, frontier) = (image.place.batches, image.place.frontier.map(|key| key.time));
-        if let Some(number) = wanted.checkpoint {
+        let frontier = frontier.map(|key| key.time);
+        if let Some((number, _)) = newest {
             let ours = image::digests(&Ordered::of(&image), &model, self.checked.join.window);
             let same = ours == self.digests;
             let difference = (!same).then(|| {
-                first_row(self.stored, &model).unwrap_or_else(|| "the model is the same; what the order decides beside it differs (counts, metrics, seen ids, clicks or positions)".into())
+                first_row(self.stored, &model, self.suspects.as_ref()).unwrap_or_else(|| "the model is the same; what the order decides beside it differs (counts, metrics, seen ids, clicks or positions)".into())
             });
-            self.marks.push(Mark { of: Of::Checkpoint(number), batch, frontier, same, difference });
+            self.marks.push(Compared { of: Of::Checkpoint(number), batch, frontier, same, difference });
         }
-        if wanted.versions.is_empty() {
+        if versions.is_empty() {
             return Ok(());
         }
         let exact = publisher::weights(&self.checked.model, model)?;
-        for (version, precision, digest) in &wanted.versions {
-            let ours = exact.rounded(*precision)?;
-            let same = ours.to_arrays().encode(PAYLOAD_FORMAT)?.digest == *digest;
+        for (version, precision, digest) in versions {
+            let ours = exact.rounded(precision)?;
+            let same = ours.to_arrays().encode(PAYLOAD_FORMAT)?.digest == digest;
             if !same {
-                self.differ.push((self.marks.len(), *version, ours));
+                self.differ.push((self.marks.len(), version, ours));
             }
-            self.marks.push(Mark { of: Of::Version(version.0), batch, frontier, same, difference: None });
+            self.marks.push(Compared { of: Of::Version(version.0), batch, frontier, same, difference: None });
         }
         Ok(())
     }
+}
+
+/// What the replay never stood at.
+fn missed(of: Of, batch: u64) -> Compared {
+    let difference = Some("the replay has no batch that ends there".to_owned());
+    Compared { of, batch, frontier: None, same: false, difference }
 }
 
 impl Progress for Auditor<'_> {
@@ -137,25 +204,41 @@ impl Progress for Auditor<'_> {
         self.progress.show(line);
     }
 
-    fn boundary(&mut self, core: &Core) -> bool {
-        let batch = core.place().batches;
-        if let Some(wanted) = self.wanted.remove(&batch)
-            && let Err(error) = self.audit(core, &wanted)
-        {
+    fn boundary(&mut self, core: &mut Core) -> bool {
+        self.compare_marks(core);
+        if let Err(error) = self.audit(core) {
             self.failed = Some(error);
             return false;
         }
-        batch < self.last
+        self.newest.is_some()
     }
 }
 
-/// The first row, by table and id, that differs between what a job has stored and what a replay has, and in what.
-fn first_row(stored: &State, ours: &State) -> Option<String> {
+/// The first row, by table and id, that differs between what a job has stored and what a replay has, and in what. Of those
+/// that a difference began in, if one of them still differs.
+fn first_row(stored: &State, ours: &State, suspects: Option<&Suspects>) -> Option<String> {
+    let began = |suspects: &Suspects| {
+        let within = |touched: u32| suspects.after < u64::from(touched) && u64::from(touched) <= suspects.to;
+        first_row_of(stored, ours, |table, id, touched| {
+            suspects.changed[table].contains(&id) || touched.into_iter().flatten().any(within)
+        })
+    };
+    let first = suspects.and_then(|suspects| {
+        let row = began(suspects)?;
+        Some(format!("it began behind batch {} and not behind {}: {row}", suspects.after, suspects.to))
+    });
+    first.or_else(|| first_row_of(stored, ours, |_, _, _| true))
+}
+
+/// The first row that differs of those that `wanted` says, by table, id and last batch in both.
+fn first_row_of(stored: &State, ours: &State, wanted: impl Fn(usize, u64, [Option<u32>; 2]) -> bool) -> Option<String> {
     let say =
         |table: &str, id: u64, what: String| Some(format!("{table}, row {id:016x}: {what} (stored, then replayed)"));
     let (a, b) = (&stored.logistic.rows, &ours.logistic.rows);
     let row = |rows: &crate::model::table::Rows, i: usize| (rows.w[i], rows.n[i], rows.touched[i]);
-    if let Some((id, i, j)) = first_unequal(&a.ids, &b.ids, |i, j| row(a, i) == row(b, j)) {
+    let looked =
+        |id, i: Option<usize>, j: Option<usize>| wanted(0, id, [i.map(|i| a.touched[i]), j.map(|j| b.touched[j])]);
+    if let Some((id, i, j)) = first_unequal(&a.ids, &b.ids, looked, |i, j| row(a, i) == row(b, j)) {
         let text = |rows, i: Option<usize>| {
             i.map_or("is not there".to_owned(), |i| {
                 let (w, n, touched) = row(rows, i);
@@ -174,7 +257,10 @@ fn first_row(stored: &State, ours: &State) -> Option<String> {
             && a.rows.n[i * width..][..width] == b.rows.n[j * width..][..width]
             && a.rows.touched[i] == b.rows.touched[j]
     };
-    if let Some((id, i, j)) = first_unequal(&a.rows.ids, &b.rows.ids, same) {
+    let looked = |id, i: Option<usize>, j: Option<usize>| {
+        wanted(1, id, [i.map(|i| a.rows.touched[i]), j.map(|j| b.rows.touched[j])])
+    };
+    if let Some((id, i, j)) = first_unequal(&a.rows.ids, &b.rows.ids, looked, same) {
         let text = |rows: &crate::model::embedding::Rows, i: Option<usize>| {
             i.map_or("is not there".to_owned(), |i| {
                 let row = &rows.w[i * dim..][..dim];
@@ -187,26 +273,27 @@ fn first_row(stored: &State, ours: &State) -> Option<String> {
     dense.map(|i| format!("dense parameter {i}: {}; {} (stored, then replayed)", a.params[i], b.params[i]))
 }
 
-/// The least id that only one has, or whose rows are not the same; where it stands in each.
+/// The least id, of those to look at, that only one has, or whose rows are not the same; where it stands in each.
 fn first_unequal(
     a: &[u64],
     b: &[u64],
+    looked: impl Fn(u64, Option<usize>, Option<usize>) -> bool,
     same: impl Fn(usize, usize) -> bool,
 ) -> Option<(u64, Option<usize>, Option<usize>)> {
     let (mut i, mut j) = (0, 0);
     loop {
-        match (a.get(i), b.get(j)) {
+        let (id, at) = match (a.get(i), b.get(j)) {
             (None, None) => return None,
-            (Some(&x), Some(&y)) if x == y => {
-                if !same(i, j) {
-                    return Some((x, Some(i), Some(j)));
-                }
-                (i, j) = (i + 1, j + 1);
-            }
-            (Some(&x), y) if y.is_none_or(|&y| x < y) => return Some((x, Some(i), None)),
-            (_, Some(&y)) => return Some((y, None, Some(j))),
+            (Some(&x), Some(&y)) if x == y => (x, (Some(i), Some(j))),
+            (Some(&x), y) if y.is_none_or(|&y| x < y) => (x, (Some(i), None)),
+            (_, Some(&y)) => (y, (None, Some(j))),
             (Some(_), None) => unreachable!("taken above"),
+        };
+        let equal = matches!(at, (Some(i), Some(j)) if same(i, j));
+        if !equal && looked(id, at.0, at.1) {
+            return Some((id, at.0, at.1));
         }
+        (i, j) = (i + usize::from(at.0.is_some()), j + usize::from(at.1.is_some()));
     }
 }
 
@@ -246,8 +333,13 @@ pub fn replay(
     let (restored, state, words) = image::read(&head, &loaded)?;
     let digests = image::digests(&Ordered::of_restored(&restored, &words), &state, checked.join.window);
 
-    let mut wanted = BTreeMap::<u64, Wanted>::new();
-    wanted.entry(head.place.batches).or_default().checkpoint = Some(loaded.number);
+    // The job may have written more since; the newest that was copied is the last on the way that is looked at.
+    let past = Checkpoints::look(&settings.dir).history()?;
+    let mut past = VecDeque::from(mark::way(past, &head.lineage));
+    while past.back().is_some_and(|past| past.mark.frontier > frontier) {
+        past.pop_back();
+    }
+    let mut versions = BTreeMap::<u64, Vec<_>>::new();
     let runtime = super::runtime();
     let runtime = runtime.map_err(|source| Error::Io { path: PathBuf::new(), action: "start a runtime", source })?;
     let store = published.map(|settings| Store::open(&settings.store)).transpose()?;
@@ -265,7 +357,7 @@ pub fn replay(
                 continue;
             }
             let digest = delta.map_or(objects[0].digest, |delta| delta.result.digest);
-            wanted.entry(facts.batch).or_default().versions.push((version, precision, digest));
+            versions.entry(facts.batch).or_default().push((version, precision, digest));
         }
     }
 
@@ -279,8 +371,11 @@ pub fn replay(
     let mut auditor = Auditor {
         checked: &checked,
         progress,
-        wanted,
-        last: head.place.batches,
+        past,
+        marker: Marker::new(checked.join.window),
+        suspects: None,
+        newest: Some((loaded.number, head.place.clone())),
+        versions,
         digests,
         stored: &state,
         marks: Vec::new(),
@@ -288,7 +383,7 @@ pub fn replay(
         failed: None,
     };
     train::run(&checked, &options, stop, &mut auditor)?;
-    let Auditor { mut marks, differ, failed, wanted, .. } = auditor;
+    let Auditor { mut marks, differ, failed, past, newest, versions, .. } = auditor;
     if let Some(error) = failed {
         return Err(error.into());
     }
@@ -299,13 +394,11 @@ pub fn replay(
     }
     if !stop.load(Ordering::Relaxed) {
         // The replay cut its batches elsewhere: it never stood where the job stood.
-        for (batch, wanted) in wanted {
-            let versions = wanted.versions.iter().map(|(version, ..)| Of::Version(version.0));
-            for of in wanted.checkpoint.map(Of::Checkpoint).into_iter().chain(versions) {
-                let difference = Some("the replay had no batch of this number: the log ended before it".to_owned());
-                marks.push(Mark { of, batch, frontier: None, same: false, difference });
-            }
-        }
+        marks.extend(past.into_iter().map(|past| missed(Of::Digests(past.number), past.mark.batch)));
+        marks.extend(newest.map(|(number, place)| missed(Of::Checkpoint(number), place.batches)));
+        let versions =
+            versions.into_iter().flat_map(|(batch, of)| of.into_iter().map(move |(version, ..)| (batch, version)));
+        marks.extend(versions.map(|(batch, version)| missed(Of::Version(version.0), batch)));
     }
     let here = checked.build();
     let same = marks.iter().all(|mark| mark.same);
@@ -325,13 +418,14 @@ pub fn replay(
 
 /// The first published weight that differs.
 fn first_weight(theirs: &Weights, ours: &Weights) -> Option<String> {
+    let any = |_, _, _| true;
     let (a, b) = (theirs.weights(), ours.weights());
-    if let Some((id, i, j)) = first_unequal(theirs.ids(), ours.ids(), |i, j| a[i] == b[j]) {
+    if let Some((id, i, j)) = first_unequal(theirs.ids(), ours.ids(), any, |i, j| a[i] == b[j]) {
         let text = |w: &[f32], i: Option<usize>| i.map_or("not there".to_owned(), |i| w[i].to_string());
         return Some(format!("logistic, row {id:016x}: {} published, {} replayed", text(&a, i), text(&b, j)));
     }
     let (a, b) = (theirs.towers()?, ours.towers()?);
-    if let Some((id, ..)) = first_unequal(a.ids(), b.ids(), |i, j| a.rows().same(i, b.rows(), j)) {
+    if let Some((id, ..)) = first_unequal(a.ids(), b.ids(), any, |i, j| a.rows().same(i, b.rows(), j)) {
         return Some(format!("embedding, row {id:016x}"));
     }
     let dense = a.params().iter().zip(b.params()).position(|(a, b)| a != b);

@@ -2,8 +2,8 @@
 //!
 //! From a checkpoint come weights and accumulators, from a snapshot weights alone, whose accumulators start at 0; `z` is
 //! derived from both where l1 > 0, so that no weight moves. Nothing counts as touched, seen or counted yet. A feature that
-//! the other lineage did not have starts cold. The rows of one that is gone cannot be told among hashes: nothing names them
-//! any more, so they are never used and leave by expiry or eviction; only its default row is dropped here.
+//! the other lineage did not have starts cold. The rows and vectors of one that is gone are dropped: a row tells whose it is
+//! ([`Schema::may_own`]), but for one in some hundreds that another feature could own as well, which stays and is never read.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -53,8 +53,7 @@ impl fmt::Display for WarmStart {
 struct Learned {
     logistic: LogisticState,
     towers: Option<two_tower::State>,
-    /// None: a checkpoint of an old release does not say.
-    schema: Option<Schema>,
+    schema: Schema,
     same_features: bool,
 }
 
@@ -84,16 +83,14 @@ impl WarmStart {
         };
         let names = |schema: &Schema| (0..schema.len()).map(|i| schema.name(i).to_owned()).collect::<BTreeSet<_>>();
         let Learned { mut logistic, towers, schema, same_features } = learned;
-        if let Some(before) = &schema {
-            let (had, has) = (names(before), names(&checked.schema));
-            let new: Vec<_> = has.difference(&had).cloned().collect();
-            let gone: Vec<_> = had.difference(&has).cloned().collect();
-            tracing::info!(from = %self, rows = logistic.rows.ids.len(), start_cold = ?new, dropped = ?gone, "warm start");
-            let dropped = (0..before.len()).filter(|&i| gone.iter().any(|name| name == before.name(i)));
-            let dropped: Vec<u64> = dropped.map(|i| before.default_row(i)).collect();
-            drop_rows(&mut logistic, &dropped);
-        } else {
-            tracing::info!(from = %self, rows = logistic.rows.ids.len(), "warm start; which features are new is not known");
+        let (had, has) = (names(&schema), names(&checked.schema));
+        let new: Vec<_> = has.difference(&had).cloned().collect();
+        let gone: Vec<_> = had.difference(&has).cloned().collect();
+        let (ours, brought) = (&checked.schema, logistic.rows.ids.len());
+        let mut dropped = [0; 2];
+        if !gone.is_empty() {
+            logistic.rows.retain(|id| (0..ours.len()).any(|i| ours.may_own(i, id)));
+            dropped[0] = brought - logistic.rows.ids.len();
         }
         let towers = checked.model.towers.as_ref().map(|settings| {
             let fresh = two_tower::State::fresh(settings);
@@ -111,10 +108,16 @@ impl WarmStart {
             let lengths = |dense: &DenseState| [dense.mean.len(), dense.square.len()];
             let fresh = DenseState::new(settings.settings.dense.rule, params.len());
             let dense = if lengths(&dense) == lengths(&fresh) { dense } else { fresh };
-            let touched = vec![0; towers.rows.ids.len()];
-            let rows = embedding::Rows { touched, ..towers.rows };
+            let mut rows = towers.rows;
+            // A feature may have left its tower.
+            let brought = rows.ids.len();
+            rows.retain(|id| (0..ours.len()).any(|i| ours.may_use_vector(i, id)));
+            dropped[1] = brought - rows.ids.len();
+            rows.touched.fill(0);
             two_tower::State { rows, params, dense, ..two_tower::State::default() }
         });
+        let [rows, vectors] = dropped;
+        tracing::info!(from = %self, rows = logistic.rows.ids.len(), start_cold = ?new, gone = ?gone, dropped_rows = rows, dropped_vectors = vectors, "warm start");
         Ok(State { logistic, towers })
     }
 
@@ -133,9 +136,15 @@ impl WarmStart {
         let intercept = Intercept { touched: 0, ..logistic.intercept };
         let (counts, admission) = (FeatureCounts::default(), admission::State::default());
         let logistic = LogisticState { rows, intercept, periods: Vec::new(), counts, admission };
-        let schema = head.schema.and_then(|schema| Schema::from_json(&schema.to_string()).ok());
+        let schema = self.schema(&head.schema)?;
         let same_features = head.binding.get("features") == checked.binding.get("features");
         Ok(Learned { logistic, towers, schema, same_features })
+    }
+
+    /// Refuses one of another encoding, whose rows are others.
+    fn schema(&self, json: &serde_json::Value) -> Result<Schema, Error> {
+        let read = Schema::from_json(&json.to_string());
+        read.map_err(|error| Error::Nothing { from: self.clone(), why: format!("its features: {error}") })
     }
 
     fn of_snapshot(&self, url: &str, version: Option<Version>, checked: &Checked) -> Result<Learned, Error> {
@@ -161,7 +170,7 @@ impl WarmStart {
         let Manifest { model, .. } = manifest;
         let logistic =
             Weights { ids: weights.ids().to_vec(), w: weights.weights().to_vec(), intercept: weights.intercept() };
-        let schema = Schema::from_json(&model.schema.to_string()).ok();
+        let schema = self.schema(&model.schema)?;
         let same_features = model.schema_hash == checked.schema.hash();
         Ok(Learned { logistic: LogisticState::warm(logistic), towers, schema, same_features })
     }
@@ -171,16 +180,4 @@ impl WarmStart {
 fn fits(towers: &two_tower::State, settings: &two_tower::Checked) -> bool {
     let (rules, count) = (settings.rules(), towers.rows.ids.len());
     towers.rows.w.len() == count * rules.dim && towers.rows.n.len() == count * rules.accumulators()
-}
-
-fn drop_rows(logistic: &mut LogisticState, gone: &[u64]) {
-    let rows = &mut logistic.rows;
-    for id in gone {
-        if let Ok(at) = rows.ids.binary_search(id) {
-            rows.ids.remove(at);
-            rows.w.remove(at);
-            rows.n.remove(at);
-            rows.touched.remove(at);
-        }
-    }
 }

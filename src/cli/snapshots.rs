@@ -7,6 +7,7 @@ use anyhow::{Context, bail};
 use serde_json::json;
 
 use super::operate::Operation;
+use crate::feature::Schema;
 use crate::snapshot::manifest::Manifest;
 use crate::snapshot::publish::check_channel;
 use crate::snapshot::{Delta, Store, Version, Weights};
@@ -26,6 +27,9 @@ enum Command {
     Show {
         /// Version to show; without it, what the channel names.
         version: Option<u64>,
+        /// Load it, and count rows and vectors by feature.
+        #[arg(long)]
+        features: bool,
         #[command(flatten)]
         place: Where,
     },
@@ -85,7 +89,9 @@ impl Snapshots {
         let store = Store::open(&place.store)?;
         match &self.command {
             Command::List(place) => list(&store, place, out).await,
-            Command::Show { version, place } => show(&store, version.map(Version), place, out).await,
+            Command::Show { version, features, place } => {
+                show(&store, version.map(Version), *features, place, out).await
+            }
             Command::Verify { version, place } => verify(&store, version.map(Version), place, out).await,
             Command::Diff { from, to, place } => diff(&store, [Version(*from), Version(*to)], place, out).await,
             Command::Operation(_) => unreachable!("ran above"),
@@ -181,7 +187,13 @@ fn metric(manifest: &Manifest, name: &str) -> Option<f64> {
 
 // ------------------------------------------------------------------------------------------------------------- show
 
-async fn show(store: &Store, version: Option<Version>, place: &Where, out: &mut String) -> anyhow::Result<()> {
+async fn show(
+    store: &Store,
+    version: Option<Version>,
+    features: bool,
+    place: &Where,
+    out: &mut String,
+) -> anyhow::Result<()> {
     let version = match version {
         Some(version) => version,
         None => {
@@ -192,8 +204,13 @@ async fn show(store: &Store, version: Option<Version>, place: &Where, out: &mut 
         }
     };
     let manifest = store.manifest(version, "the command line").await?;
+    let holdings = if features { Some(Holdings::of(store, version).await?) } else { None };
     if place.json {
-        return Ok(writeln!(out, "{}", serde_json::to_string(&manifest)?)?);
+        let mut shown = serde_json::to_value(&manifest)?;
+        if let Some(holdings) = holdings {
+            shown["features"] = serde_json::to_value(holdings)?;
+        }
+        return Ok(writeln!(out, "{shown}")?);
     }
     let Manifest { facts, model, .. } = &manifest;
     let mut line = |name: &str, value: &dyn std::fmt::Display| writeln!(out, "{name:<16} {value}");
@@ -263,7 +280,59 @@ async fn show(store: &Store, version: Option<Version>, place: &Where, out: &mut 
     line("golden vectors", &manifest.golden.len())?;
     line("model digest", &or_none(facts.model_digest.clone()))?;
     line("order digest", &or_none(facts.order_digest.clone()))?;
+    let Some(Holdings { by_name, unclear }) = holdings else { return Ok(()) };
+    writeln!(out, "\n{:<32} {:>12} {:>12}", "feature", "rows", "vectors")?;
+    for Held { name, rows, vectors } in by_name {
+        writeln!(out, "{name:<32} {rows:>12} {vectors:>12}")?;
+    }
+    writeln!(out, "{:<32} {:>12} {:>12}", "of several, or of none", unclear[0], unclear[1])?;
     Ok(())
+}
+
+/// The one owner there is; none of several.
+fn sole(mut owners: impl Iterator<Item = usize>) -> Option<usize> {
+    owners.next().filter(|_| owners.next().is_none())
+}
+
+/// What the tables of a version hold, by feature.
+#[derive(serde::Serialize)]
+struct Holdings {
+    by_name: Vec<Held>,
+    /// Rows and vectors that several features could own, or none.
+    unclear: [u64; 2],
+}
+
+#[derive(serde::Serialize)]
+struct Held {
+    name: String,
+    rows: u64,
+    vectors: u64,
+}
+
+impl Holdings {
+    async fn of(store: &Store, version: Version) -> anyhow::Result<Self> {
+        let snapshot = store.load(version).await?;
+        let schema = Schema::from_json(&snapshot.manifest.model.schema.to_string())?;
+        let name = |i| Held { name: schema.name(i).to_owned(), rows: 0, vectors: 0 };
+        let mut holdings = Self { by_name: (0..schema.len()).map(name).collect(), unclear: [0; 2] };
+        // Features that share vectors stand for one: the first of them.
+        let vectors: Vec<u64> = (0..schema.len()).map(|i| schema.default_row(i) ^ schema.embedding_key(i)).collect();
+        let first = |i: usize| !(0..i).any(|j| vectors[j] == vectors[i] && schema.may_use_vector(j, vectors[j]));
+        let heads: Vec<usize> = (0..schema.len()).filter(|&i| first(i)).collect();
+        for &row in snapshot.weights.ids() {
+            match sole((0..schema.len()).filter(|&i| schema.may_own(i, row))) {
+                Some(i) => holdings.by_name[i].rows += 1,
+                None => holdings.unclear[0] += 1,
+            }
+        }
+        for &id in snapshot.weights.towers().map_or(&[][..], |towers| towers.ids()) {
+            match sole(heads.iter().copied().filter(|&i| schema.may_use_vector(i, id))) {
+                Some(i) => holdings.by_name[i].vectors += 1,
+                None => holdings.unclear[1] += 1,
+            }
+        }
+        Ok(holdings)
+    }
 }
 
 // ------------------------------------------------------------------------------------------------------------- diff

@@ -6,7 +6,7 @@ use anyhow::Context as _;
 
 use super::ConfigArgs;
 use super::train::Lines;
-use crate::app::verify::{self, Of};
+use crate::app::verify::{self, Compared, Of};
 use crate::app::warm::WarmStart;
 use crate::event::Time;
 
@@ -25,8 +25,9 @@ pub struct Verify {
 
 #[derive(clap::Subcommand, Clone, Debug)]
 enum What {
-    /// Learn again what a job has learned up to its newest checkpoint, with its journal, and compare it with that and with
-    /// each of its versions that is still in the store. The job may be running.
+    /// Learn again what a job has learned up to its newest checkpoint, with its journal, and compare it with the digests of
+    /// every checkpoint on the way, with the newest one row by row, and with each version that is still in the store. The job
+    /// may be running.
     Replay {
         #[command(flatten)]
         config: ConfigArgs,
@@ -97,19 +98,38 @@ impl Verify {
     }
 }
 
+fn name(of: &Of) -> String {
+    match of {
+        Of::Digests(number) => format!("checkpoint {number}"),
+        Of::Checkpoint(number) => format!("checkpoint {number}, all of it"),
+        Of::Version(version) => format!("version {version}"),
+    }
+}
+
 fn print_replayed(replayed: &verify::Replayed) -> std::io::Result<()> {
     use std::io::Write as _;
     let mut out = std::io::stdout().lock();
     writeln!(out, "lineage     {}, replayed in {:.1} s", replayed.lineage, replayed.seconds)?;
-    for mark in &replayed.marks {
-        let name = match mark.of {
-            Of::Checkpoint(number) => format!("checkpoint {number}"),
-            Of::Version(version) => format!("version {version}"),
-        };
+    // Checkpoints that are the same fill one line, however many there are.
+    let mut same: Option<(&Compared, &Compared, u64)> = None;
+    let lines = replayed.marks.iter().map(Some).chain([None]);
+    for mark in lines {
+        let digests = |mark: &Compared| matches!(mark.of, Of::Digests(_)) && mark.same;
+        if let Some(mark) = mark.filter(|mark| digests(mark)) {
+            let (first, _, count) = same.unwrap_or((mark, mark, 0));
+            same = Some((first, mark, count + 1));
+            continue;
+        }
+        if let Some((first, last, count)) = same.take() {
+            let span = if count == 1 { name(&last.of) } else { format!("{} to {}", name(&first.of), name(&last.of)) };
+            let at = last.frontier.map_or(String::new(), |time| format!(", {time}"));
+            writeln!(out, "batch {:<8} {span}{at}: {count} with the same digests", last.batch)?;
+        }
+        let Some(mark) = mark else { break };
         let at = mark.frontier.map_or(String::new(), |time| format!(", {time}"));
         let verdict = if mark.same { "the same bytes" } else { "DIFFERS" };
         let why = mark.difference.as_ref().map_or(String::new(), |why| format!(": {why}"));
-        writeln!(out, "batch {:<8} {name}{at}: {verdict}{why}", mark.batch)?;
+        writeln!(out, "batch {:<8} {}{at}: {verdict}{why}", mark.batch, name(&mark.of))?;
     }
     if replayed.versions_past > 0 {
         writeln!(out, "not compared: {} versions lie past the newest checkpoint", replayed.versions_past)?;

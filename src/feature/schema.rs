@@ -12,7 +12,11 @@ use super::Error;
 use crate::event::Slot;
 
 /// The version of the rules in `docs/encoding.md`; part of the canonical JSON, so of the hash.
-pub const ENCODING: u32 = 1;
+pub const ENCODING: u32 = 2;
+
+/// How many low bits of a row say which feature's it is. Fewer would leave more rows that could be of several features; each
+/// one more doubles the pairs of values that share a row, which are about n² / 2^53 among n values of a feature.
+const MARK_BITS: u32 = 12;
 
 /// One `[[features]]` entry.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -230,10 +234,27 @@ struct Canonical {
     crosses: Vec<CrossSettings>,
 }
 
-/// xxh3 of a value's canonical text with its feature's seed; 0 becomes 1, for tables use 0 for an empty place.
+/// xxh3 of a value's canonical text with its feature's seed, the low bits replaced by a mark that follows from the others and
+/// the seed: by that a row tells its feature. 0 becomes 1, for tables use 0 for an empty place.
+#[inline]
 #[must_use]
 pub fn row_of(text: &[u8], seed: u64) -> u64 {
-    xxh3_64_with_seed(text, seed).max(1)
+    let hash = xxh3_64_with_seed(text, seed) >> MARK_BITS;
+    (hash << MARK_BITS | mark_of(hash, seed)).max(1)
+}
+
+/// The mark of a row whose other bits are `hash`: the top bits of a product, which depend on all of its factor's.
+#[inline]
+fn mark_of(hash: u64, seed: u64) -> u64 {
+    (hash ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - MARK_BITS)
+}
+
+/// Whether a row may be one of the feature or cross with this seed. Always true of its own; of another's with a chance of
+/// 2^-12.
+#[inline]
+#[must_use]
+fn may_be_of(row: u64, seed: u64) -> bool {
+    row & ((1 << MARK_BITS) - 1) == mark_of(row >> MARK_BITS, seed)
 }
 
 /// The seed of a feature's or cross's rows.
@@ -332,6 +353,23 @@ impl Schema {
     #[must_use]
     pub fn missing_row(&self, i: usize) -> u64 {
         self.special_row(i, 0xFF)
+    }
+
+    /// Whether a row may be one of feature or cross `i`: true of each of its own, and by chance of one in 4096 others.
+    #[inline]
+    #[must_use]
+    pub fn may_own(&self, i: usize, row: u64) -> bool {
+        match self.features.get(i) {
+            Some(feature) => may_be_of(row ^ feature.key, feature.seed),
+            None => may_be_of(row, self.crosses[i - self.features.len()].seed),
+        }
+    }
+
+    /// Whether a vector with this id may be one that feature `i` uses, likewise. Never of a cross, or a feature in no tower.
+    #[inline]
+    #[must_use]
+    pub fn may_use_vector(&self, i: usize, id: u64) -> bool {
+        self.tower(i) != Tower::None && self.features.get(i).is_some_and(|feature| may_be_of(id, feature.seed))
     }
 
     /// What a row of feature `i` is XORed with to give the id of its vector: 0 unless it uses the vectors of another.
@@ -633,14 +671,14 @@ mod tests {
         assert_eq!(
             schema.to_json(),
             concat!(
-                r#"{"encoding":1,"features":[{"name":"user_id","from":"user.id","kind":"categorical","tower":"user"},"#,
+                r#"{"encoding":2,"features":[{"name":"user_id","from":"user.id","kind":"categorical","tower":"user"},"#,
                 r#"{"name":"category","from":"category","kind":"categorical","tower":"none"},"#,
                 r#"{"name":"position","from":"position","kind":"categorical","tower":"none","role":"presentation","at_serving":"1"},"#,
                 r#"{"name":"age","from":"age","kind":"numeric","tower":"none","clip":[0.0,100.0],"as":"bucket","per_octave":1}],"#,
                 r#""crosses":[{"of":["user_id","category"],"name":"user_id*category","max":64}]}"#,
             )
         );
-        assert_eq!(schema.hash(), "9372f5d3e55a84a9");
+        assert_eq!(schema.hash(), "4497e9fc8ac2e793");
     }
 
     #[test]
@@ -746,9 +784,34 @@ mod tests {
     }
 
     #[test]
+    fn a_row_is_owned_by_its_feature_always_and_by_another_one_time_in_4096() {
+        let text = "[[features]]\nname = 'item'\ntower = 'item'\n[[features]]\nname = 'seen'\ntower = 'user'\nembedding = 'item'\n\
+            [[features]]\nname = 'age'\nkind = 'numeric'\n[[features]]\nname = 'user'\n[[crosses]]\nof = ['user', 'age']";
+        let schema = schema(text).unwrap();
+        let count = 200_000_u64;
+        let mut others = vec![vec![0; schema.len()]; schema.len()];
+        for (i, others) in others.iter_mut().enumerate() {
+            let row = |n: u64| match schema.features.get(i) {
+                Some(feature) => feature.row_of(&n.to_le_bytes()),
+                None => row_of(&n.to_le_bytes(), schema.crosses[i - schema.features.len()].seed),
+            };
+            for row in (0..count).map(row).chain([schema.default_row(i), schema.missing_row(i)]) {
+                assert!(schema.may_own(i, row));
+                let vector = row ^ schema.embedding_key(i);
+                assert_eq!(schema.may_use_vector(i, vector), schema.tower(i) != Tower::None);
+                others.iter_mut().enumerate().for_each(|(other, n)| *n += u64::from(schema.may_own(other, row)));
+            }
+            for (other, &n) in others.iter().enumerate().filter(|&(other, _)| other != i) {
+                // 48.8 expected.
+                assert!((15..110).contains(&n), "{n} of {count} rows of {i} could be of {other}");
+            }
+        }
+    }
+
+    #[test]
     fn a_schema_of_another_encoding_is_refused() {
-        let json = schema(EXAMPLE).unwrap().to_json().replace(r#""encoding":1"#, r#""encoding":2"#);
-        assert!(matches!(Schema::from_json(&json), Err(Error::Version { found: 2, known: 1 })));
+        let json = schema(EXAMPLE).unwrap().to_json().replace(r#""encoding":2"#, r#""encoding":1"#);
+        assert!(matches!(Schema::from_json(&json), Err(Error::Version { found: 1, known: 2 })));
         assert!(matches!(Schema::from_json("{}"), Err(Error::Json(_))));
     }
 

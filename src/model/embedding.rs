@@ -11,6 +11,7 @@ use super::Error;
 use super::admission::Aged;
 use super::changes::{Changes, Log, firsts};
 use super::optim::length;
+use super::table::retain_column;
 
 /// Stripes of a table.
 pub const STRIPES: usize = 8;
@@ -133,6 +134,19 @@ pub struct Rows {
     pub touched: Vec<u32>,
 }
 
+impl Rows {
+    /// Drops the rows of ids that `keep` refuses.
+    pub fn retain(&mut self, keep: impl Fn(u64) -> bool) {
+        let kept: Vec<bool> = self.ids.iter().map(|&id| keep(id)).collect();
+        let count = kept.len().max(1);
+        let (dim, width) = (self.w.len() / count, self.n.len() / count);
+        retain_column(&mut self.ids, 1, &kept);
+        retain_column(&mut self.w, dim, &kept);
+        retain_column(&mut self.n, width, &kept);
+        retain_column(&mut self.touched, 1, &kept);
+    }
+}
+
 #[derive(Clone, Copy, Default)]
 #[repr(C, align(64))]
 struct Line {
@@ -234,6 +248,8 @@ struct Stripe {
     /// Gradients of the batch in work, `dim` a row, in the order of first occurrence; and whose they are.
     gradients: Vec<f32>,
     local: Vec<u32>,
+    /// Of all ids, wrapping.
+    id_sum: u64,
     log: Log,
 }
 
@@ -246,6 +262,7 @@ impl Stripe {
             accumulators: Vec::new(),
             gradients: Vec::new(),
             local: Vec::new(),
+            id_sum: 0,
             log: Log::default(),
         }
     }
@@ -258,6 +275,7 @@ impl Stripe {
         self.heads.push(Head { id, touched: 0, local: 0 });
         self.index.insert(id, at as u32);
         self.log.birth(id);
+        self.id_sum = self.id_sum.wrapping_add(id);
         rules.begin(id, self.row_mut(rules.dim, at));
         at as u32
     }
@@ -276,7 +294,7 @@ impl Stripe {
     fn retain(&mut self, rules: &Rules, keep: impl Fn(u64, u32) -> bool) -> u64 {
         let (dim, width, before) = (rules.dim, rules.accumulators(), self.heads.len());
         let Some(first) = self.heads.iter().position(|head| !keep(head.id, head.touched)) else { return 0 };
-        self.log.remove(self.heads[first].id);
+        self.remove(self.heads[first].id);
         let mut to = first;
         for from in first + 1..before {
             let head = self.heads[from];
@@ -286,7 +304,7 @@ impl Stripe {
                 shift(&mut self.accumulators, width, from, to);
                 to += 1;
             } else {
-                self.log.remove(head.id);
+                self.remove(head.id);
             }
         }
         self.heads.truncate(to);
@@ -301,6 +319,12 @@ impl Stripe {
             self.index.insert(head.id, at as u32);
         }
         (before - to) as u64
+    }
+
+    /// Notes that a row goes.
+    fn remove(&mut self, id: u64) {
+        self.log.remove(id);
+        self.id_sum = self.id_sum.wrapping_sub(id);
     }
 
     fn accumulators_mut(&mut self, width: usize, at: usize) -> &mut [f32] {
@@ -504,6 +528,12 @@ impl Embeddings {
     pub fn find_or_insert(&mut self, id: u64) -> Place {
         let (stripe, found) = (stripe_of(id), self.find(id));
         if found != Place::NONE { found } else { Place::new(stripe, self.stripes[stripe].insert(&self.rules, id)) }
+    }
+
+    /// The sum of all ids, as [`Table::id_sum`](super::table::Table::id_sum).
+    #[must_use]
+    pub fn id_sum(&self) -> u64 {
+        self.stripes.iter().fold(0, |sum, stripe| sum.wrapping_add(stripe.id_sum))
     }
 
     /// Begins a segment of the log of changes behind `batch`; the first one turns it on.

@@ -376,6 +376,12 @@ impl Logistic {
         self.table.is_empty()
     }
 
+    /// The sum of all ids; see [`table::Table::id_sum`](super::table::Table::id_sum).
+    #[must_use]
+    pub fn id_sum(&self) -> u64 {
+        self.table.id_sum()
+    }
+
     /// Memory of the table, in bytes.
     #[must_use]
     pub fn bytes(&self) -> usize {

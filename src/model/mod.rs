@@ -176,7 +176,7 @@ impl Model {
     #[must_use]
     pub fn image(&self) -> Image {
         let towers = self.towers.as_ref().map(|towers| towers.image());
-        Image { logistic: self.logistic.image(), towers, rows: self.row_counts() }
+        Image { logistic: self.logistic.image(), towers, rows: self.row_counts(), id_sums: self.id_sums() }
     }
 
     /// The same with no rows but those that changed behind number `batch`, at a cost that follows what was touched. None as in
@@ -187,11 +187,16 @@ impl Model {
             Some(towers) => Some(towers.image_after(batch)?),
             None => None,
         };
-        Some(Image { logistic: self.logistic.image_after(batch)?, towers, rows: self.row_counts() })
+        let logistic = self.logistic.image_after(batch)?;
+        Some(Image { logistic, towers, rows: self.row_counts(), id_sums: self.id_sums() })
     }
 
     fn row_counts(&self) -> [usize; 2] {
         [self.logistic.len(), self.towers.as_ref().map_or(0, |towers| towers.rows())]
+    }
+
+    fn id_sums(&self) -> [u64; 2] {
+        [self.logistic.id_sum(), self.towers.as_ref().map_or(0, |towers| towers.id_sum())]
     }
 }
 
@@ -209,6 +214,8 @@ pub struct Image {
     towers: Option<two_tower::Image>,
     /// Rows of the model's tables, logistic and embedding, whatever is copied of them.
     pub rows: [usize; 2],
+    /// Sums of their ids, likewise; see [`table::Table::id_sum`].
+    pub id_sums: [u64; 2],
 }
 
 impl Image {
@@ -233,6 +240,31 @@ pub struct State {
 }
 
 impl State {
+    /// All but the rows of the tables.
+    #[must_use]
+    pub fn without_rows(&self) -> Self {
+        let logistic::State { intercept, periods, counts, admission, .. } = &self.logistic;
+        let logistic = logistic::State {
+            rows: table::Rows::default(),
+            intercept: *intercept,
+            periods: periods.clone(),
+            counts: counts.clone(),
+            admission: admission.clone(),
+        };
+        let towers = self.towers.as_ref().map(|towers| {
+            let two_tower::State { params, dense, periods, admission, skipped, .. } = towers;
+            two_tower::State {
+                rows: embedding::Rows::default(),
+                params: params.clone(),
+                dense: dense.clone(),
+                periods: periods.clone(),
+                admission: admission.clone(),
+                skipped: *skipped,
+            }
+        });
+        Self { logistic, towers }
+    }
+
     /// xxh3-128 over parameters and optimizers.
     #[must_use]
     pub fn digest(&self) -> u128 {

@@ -83,6 +83,26 @@ pub struct Rows {
     pub touched: Vec<u32>,
 }
 
+impl Rows {
+    /// Drops the rows of ids that `keep` refuses.
+    pub fn retain(&mut self, keep: impl Fn(u64) -> bool) {
+        let kept: Vec<bool> = self.ids.iter().map(|&id| keep(id)).collect();
+        retain_column(&mut self.ids, 1, &kept);
+        [&mut self.w, &mut self.n].into_iter().chain(&mut self.z).for_each(|column| retain_column(column, 1, &kept));
+        retain_column(&mut self.touched, 1, &kept);
+    }
+}
+
+/// Drops from a column of rows, `width` elements each, those that are not `kept`.
+pub(super) fn retain_column<T: Copy>(column: &mut Vec<T>, width: usize, kept: &[bool]) {
+    let mut to = 0;
+    for (row, _) in kept.iter().enumerate().filter(|&(_, &kept)| kept) {
+        column.copy_within(row * width..(row + 1) * width, to);
+        to += width;
+    }
+    column.truncate(to);
+}
+
 /// A table of rows (id, w, n, touched), and `z` beside it if it was made with it.
 ///
 /// Ids must be spread evenly over `u64`, as hashes are, and not be 0. A bucket is found by the id's place in `u64`,
@@ -93,6 +113,8 @@ pub struct Table {
     buckets: Vec<Bucket>,
     z: Option<Vec<[f32; LANES]>>,
     len: usize,
+    /// Of all ids, wrapping.
+    id_sum: u64,
     pub(super) log: Log,
 }
 
@@ -110,7 +132,8 @@ impl Table {
 
     fn with_buckets(count: usize, with_z: bool) -> Self {
         assert!(count <= 1 << 30, "a table of {count} buckets is past what a u32 position can name (3.2e9 rows)");
-        Self { buckets: vec![EMPTY; count], z: with_z.then(|| vec![[0.0; LANES]; count]), len: 0, log: Log::default() }
+        let z = with_z.then(|| vec![[0.0; LANES]; count]);
+        Self { buckets: vec![EMPTY; count], z, len: 0, id_sum: 0, log: Log::default() }
     }
 
     /// Number of rows.
@@ -122,6 +145,13 @@ impl Table {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// The sum of all ids, modulo 2^64. Ids are hashes, so two tables with the same sum hold the same ids, but for a chance of
+    /// 2^-64.
+    #[must_use]
+    pub fn id_sum(&self) -> u64 {
+        self.id_sum
     }
 
     /// Number of rows that fit before the table grows: 60 % of its lanes.
@@ -160,7 +190,7 @@ impl Table {
                 }
             }
         }
-        grown.log = std::mem::take(&mut self.log);
+        (grown.id_sum, grown.log) = (self.id_sum, std::mem::take(&mut self.log));
         *self = grown;
         true
     }
@@ -205,6 +235,7 @@ impl Table {
     /// Makes a row of zeros for an id that has none. Panics as [`Table::find_or_insert`] does.
     pub(super) fn insert(&mut self, id: u64) -> At {
         self.log.birth(id);
+        self.id_sum = self.id_sum.wrapping_add(id);
         self.insert_new(id)
     }
 
@@ -338,7 +369,7 @@ impl Table {
             if !(w.is_finite() && n.is_finite() && n >= 0.0 && z.is_finite()) {
                 return refuse(format!("row {id:016x} holds w {w}, n {n}, z {z}"));
             }
-            let at = table.insert_new(id);
+            let at = table.insert(id);
             table.set(at, Row { w, n, touched: rows.touched[i] });
             if rows.z.is_some() {
                 *table.z(at) = z;
@@ -370,6 +401,7 @@ impl Aged for Table {
                 self.len -= 1;
                 if !keep(id, row.touched) {
                     self.log.remove(id);
+                    self.id_sum = self.id_sum.wrapping_sub(id);
                     continue;
                 }
                 let to = self.insert_new(id);

@@ -10,7 +10,7 @@
 //! only after a new generation is on the disk.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, Write};
+use std::io::{self, Read as _, Seek as _, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -25,6 +25,8 @@ const HEAD_FORMAT: &str = "tidemill-checkpoint/1";
 const PAYLOAD_FORMAT: &str = "checkpoint/1";
 const SEGMENT_FORMAT: &str = "segment/1";
 const LOCK: &str = "LOCK";
+/// One line for each generation that ever was, for whoever compares another run with this one.
+const HISTORY: &str = "history.jsonl";
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -242,6 +244,50 @@ impl Checkpoints {
             self.put(&segment.file, &encoded.pieces)?;
         }
         Ok(segment)
+    }
+
+    /// Adds a line to the history of the directory, behind a line that a crash has cut short.
+    pub fn append_history(&self, line: &impl Serialize) -> Result<()> {
+        let path = self.dir.join(HISTORY);
+        let append = || {
+            let mut file = OpenOptions::new().create(true).read(true).append(true).open(&path)?;
+            let mut text = Vec::new();
+            let mut last = [b'\n'];
+            if file.metadata()?.len() > 0 {
+                file.seek(SeekFrom::End(-1))?;
+                file.read_exact(&mut last)?;
+            }
+            if last != [b'\n'] {
+                text.push(b'\n');
+            }
+            serde_json::to_writer(&mut text, line)?;
+            text.push(b'\n');
+            file.write_all(&text)?;
+            file.sync_data()
+        };
+        append().map_err(|e| failed(&path, "add to", e))
+    }
+
+    /// The lines of the history, oldest first. Empty if there is none. What a crash has cut short, or cannot be read, is left
+    /// out.
+    pub fn history<T: for<'de> Deserialize<'de>>(&self) -> Result<Vec<T>> {
+        let path = self.dir.join(HISTORY);
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(e) => return Err(failed(&path, "read", e)),
+        };
+        let mut lines = Vec::new();
+        for (number, line) in text.split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty()) {
+            match serde_json::from_slice(line) {
+                Ok(line) => lines.push(line),
+                Err(error) => {
+                    let (path, line) = (path.display(), number + 1);
+                    tracing::warn!(%path, line, %error, "a line of the history is left out");
+                }
+            }
+        }
+        Ok(lines)
     }
 
     /// Reads the newest generation and verifies every byte of it and of the segments it names. A damaged one is reported and
@@ -487,6 +533,24 @@ mod tests {
             fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
         names
+    }
+
+    #[test]
+    fn a_line_of_the_history_that_a_crash_has_cut_short_costs_itself_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::open(dir.path()).unwrap();
+        assert!(checkpoints.history::<u64>().unwrap().is_empty());
+        (1..=3_u64).for_each(|number| checkpoints.append_history(&number).unwrap());
+        let path = dir.path().join(HISTORY);
+        let mut text = fs::read(&path).unwrap();
+        text.extend_from_slice(b"{\"number\":4,\"ma");
+        fs::write(&path, text).unwrap();
+        assert_eq!(checkpoints.history::<u64>().unwrap(), [1, 2, 3]);
+        checkpoints.append_history(&5_u64).unwrap();
+        assert_eq!(checkpoints.history::<u64>().unwrap(), [1, 2, 3, 5]);
+        // It outlives generations.
+        (1..=4).for_each(|number| write(&checkpoints, number).unwrap());
+        assert_eq!(checkpoints.history::<u64>().unwrap().len(), 4);
     }
 
     #[test]

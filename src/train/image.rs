@@ -9,6 +9,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::checkpoint::Loaded;
 use super::core::{Image, Place, Restored};
+use super::mark::Mark;
 use crate::event::Time;
 use crate::join::{self, SeenInfo, Segment};
 use crate::merge::{Click, JournalEntry, PartitionPosition};
@@ -19,7 +20,7 @@ use crate::model::{State, admission, embedding, logistic, two_tower};
 use crate::snapshot::codec::{self, Arrays};
 
 /// Version of the checkpoint's content. A reader refuses another one.
-pub const FORMAT: u32 = 3;
+pub const FORMAT: u32 = 4;
 
 /// Names of segments: stretches of seen ids, and rows of tables.
 pub const SEEN: &str = "seen";
@@ -46,9 +47,8 @@ pub struct Head {
     /// None: what `tidemill train` begins.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub branch: Option<Branch>,
-    /// The feature schema, as snapshots have it. None: the checkpoint is older than this field.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub schema: Option<serde_json::Value>,
+    /// The feature schema, as snapshots have it.
+    pub schema: serde_json::Value,
     /// Settings that the state is bound to, by key.
     pub binding: BTreeMap<String, String>,
     /// Version of the crate, and machine class.
@@ -67,6 +67,8 @@ pub struct Head {
     pub rows: [usize; 2],
     /// Bytes of the predictions file that belong to this state; `None` where none is written.
     pub predictions: Option<u64>,
+    /// What another run must come to here. None before the first batch boundary.
+    pub mark: Option<Mark>,
 }
 
 /// The digests of a state: equal for equal log, config and frontier.
@@ -109,38 +111,72 @@ impl<'a> Ordered<'a> {
 #[must_use]
 pub fn digests(image: &Ordered<'_>, model: &State, window: i64) -> Digests {
     let model = format!("{:032x}", model.digest());
+    let order = order_digest(image, &model, window, segment_digest);
+    Digests { model, order }
+}
+
+/// The digest of what the order decides, with that of a model. `of_segment` is [`segment_digest`], or remembers what it gave.
+#[must_use]
+pub fn order_digest(
+    image: &Ordered<'_>,
+    model: &str,
+    window: i64,
+    mut of_segment: impl FnMut(&Segment) -> u128,
+) -> String {
     let mut hash = Xxh3::new();
-    let mut words = |words: &mut dyn Iterator<Item = u64>| {
-        let mut buffer = Vec::with_capacity(1 << 13);
-        let mut count = 0_u64;
-        for word in words {
-            buffer.extend_from_slice(&word.to_le_bytes());
-            count += 1;
-            if buffer.len() == 1 << 13 {
-                hash.update(&buffer);
-                buffer.clear();
-            }
-        }
-        buffer.extend_from_slice(&count.to_le_bytes());
-        hash.update(&buffer);
-    };
     let frontier = image.place.frontier.map_or(Time::MIN, |key| key.time);
     let passed = frontier.plus(window);
-    let small = serde_json::to_vec(&(&model, image.place, image.counts, image.delays)).expect("plain data");
-    words(&mut small.iter().map(|byte| u64::from(*byte)));
-    words(&mut image.progress.iter().copied());
-    words(&mut image.seen.iter().flat_map(|segment| segment.ids.iter().copied()));
-    words(&mut image.seen.iter().flat_map(|segment| segment.infos.iter().map(|info| info.to_bits() as u64)));
+    let small = serde_json::to_vec(&(model, image.place, image.counts, image.delays)).expect("plain data");
+    words(&mut hash, small.iter().map(|byte| u64::from(*byte)));
+    words(&mut hash, image.progress.iter().copied());
+    let seen = image.seen.iter().map(|segment| of_segment(segment));
+    words(&mut hash, seen.flat_map(|digest| [digest as u64, (digest >> 64) as u64]));
     let mut clicks: Vec<&Click> = image.clicks.iter().filter(|click| click.time <= passed).collect();
     clicks.sort_unstable();
-    words(&mut clicks.iter().flat_map(|c| {
-        [c.time.0 as u64, c.id, c.content, u64::from(c.partition), c.offset, u64::from(c.row), c.event_time.0 as u64]
-    }));
+    words(
+        &mut hash,
+        clicks.iter().flat_map(|c| {
+            [
+                c.time.0 as u64,
+                c.id,
+                c.content,
+                u64::from(c.partition),
+                c.offset,
+                u64::from(c.row),
+                c.event_time.0 as u64,
+            ]
+        }),
+    );
     let journal = image.journal.iter().filter(|entry| entry.time <= frontier);
     let mut journal: Vec<String> = journal.map(|entry| format!("{entry:?}")).collect();
     journal.sort_unstable();
-    words(&mut journal.iter().map(|line| xxhash_rust::xxh3::xxh3_64(line.as_bytes())));
-    Digests { model, order: format!("{:032x}", hash.digest128()) }
+    words(&mut hash, journal.iter().map(|line| xxhash_rust::xxh3::xxh3_64(line.as_bytes())));
+    format!("{:032x}", hash.digest128())
+}
+
+/// The digest of a segment of seen ids.
+#[must_use]
+pub fn segment_digest(segment: &Segment) -> u128 {
+    let mut hash = Xxh3::new();
+    words(&mut hash, segment.ids.iter().copied());
+    words(&mut hash, segment.infos.iter().map(|info| info.to_bits() as u64));
+    hash.digest128()
+}
+
+/// Takes words into a digest, and their number.
+fn words(hash: &mut Xxh3, words: impl Iterator<Item = u64>) {
+    let mut buffer = Vec::with_capacity(1 << 13);
+    let mut count = 0_u64;
+    for word in words {
+        buffer.extend_from_slice(&word.to_le_bytes());
+        count += 1;
+        if buffer.len() == 1 << 13 {
+            hash.update(&buffer);
+            buffer.clear();
+        }
+    }
+    buffer.extend_from_slice(&count.to_le_bytes());
+    hash.update(&buffer);
 }
 
 /// The small arrays of a checkpoint. Neither seen ids nor the rows of tables are among them: those are in files of their own,

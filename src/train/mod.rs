@@ -4,4 +4,5 @@ pub mod compare;
 pub mod core;
 pub mod fresh;
 pub mod image;
+pub mod mark;
 pub mod progressive;
