@@ -1,5 +1,6 @@
-//! What a checkpoint of a large model costs, with all rows and with those that changed, as one line of JSON: bytes written, how long
-//! training stands still for the copy, and seconds until it is durable.
+//! What a checkpoint of a large model costs, as one line of JSON: with all rows copied (the first of a job), with all rows laid
+//! together from files (the first of each later chain), and with those that changed. Bytes written, how long training stands still for
+//! the copy, and seconds until it is durable.
 //!
 //! `ROWS=1000000 TOUCHED=0.01 cargo bench --bench checkpoint`. Two towers beside the logistic part, a row of each table for every id,
 //! vectors of 16; between two checkpoints a batch touches a share of the ids. Through the job's own checkpoint thread, to real files.
@@ -108,9 +109,10 @@ fn main() {
     let checked = Config::load(&path, &[]).unwrap().check(None).unwrap();
     let mut model = model(&checked, rows);
     let at = dir.path().join("checkpoints");
-    let keeper = Keeper::start(&checked, Checkpoints::open(&at).unwrap(), 1, None).unwrap();
+    let keeper = Keeper::start(&checked, Checkpoints::open(&at).unwrap(), None).unwrap();
 
-    let (mut outcomes, mut fulls, mut increments) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut outcomes, [mut copied_whole, mut laid, mut increments]) =
+        (Vec::new(), [(); 3].map(|()| Vec::<Cost>::new()));
     for batch in 1..=ROUNDS as u32 {
         let examples = (rows as f64 * share / 2.0) as u64;
         let slot = |number, feature| Slot { row: id(number % rows), value: 1.0, feature, flags: 0 };
@@ -139,22 +141,26 @@ fn main() {
             .unwrap();
         let seconds = began.elapsed().as_secs_f64();
         let bytes: u64 = files(&at).iter().filter(|(name, _)| !before.contains_key(*name)).map(|(_, len)| len).sum();
-        if whole { &mut fulls } else { &mut increments }.push(Cost([bytes as f64, copied, seconds]));
+        let large = copied_whole.first().is_none_or(|first| bytes as f64 > first.0[0] / 2.0);
+        let costs = if whole {
+            &mut copied_whole
+        } else if large {
+            &mut laid
+        } else {
+            &mut increments
+        };
+        costs.push(Cost([bytes as f64, copied, seconds]));
         model.forget_changes_to(keeper.acknowledged().unwrap() as u32);
         model.mark(batch);
     }
     keeper.finish().unwrap();
-    let (full, increment) = (median(&fulls), median(&increments));
-    let [bytes, copy, seconds] = [0, 1, 2].map(|at| full[at] / increment[at]);
+    let costs = [copied_whole, laid, increments].map(|costs| median(&costs));
+    let [copied, laid, increment] = costs.map(|[bytes, copy, seconds]| {
+        format!("{{\"bytes\":{bytes:.0},\"copy_ms\":{:.1},\"seconds\":{seconds:.2}}}", copy * 1e3)
+    });
+    let [bytes, copy, seconds] = [0, 1, 2].map(|at| costs[0][at] / costs[2][at]);
     println!(
-        "{{\"rows\":{rows},\"touched\":{share},\"full\":{{\"bytes\":{:.0},\"copy_ms\":{:.1},\"seconds\":{:.2}}},\
-         \"increment\":{{\"bytes\":{:.0},\"copy_ms\":{:.1},\"seconds\":{:.2}}},\"ratio\":{{\"bytes\":{bytes:.1},\
-         \"copy\":{copy:.1},\"seconds\":{seconds:.1}}}}}",
-        full[0],
-        full[1] * 1e3,
-        full[2],
-        increment[0],
-        increment[1] * 1e3,
-        increment[2]
+        "{{\"rows\":{rows},\"touched\":{share},\"copied\":{copied},\"laid_together\":{laid},\"increment\":{increment},\
+         \"ratio\":{{\"bytes\":{bytes:.1},\"copy\":{copy:.1},\"seconds\":{seconds:.1}}}}}"
     );
 }

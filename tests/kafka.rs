@@ -213,10 +213,14 @@ fn a_live_job_that_crashed_twice_is_replayed_and_retrained_to_the_same_bytes() {
     }
     let followed = summary(&live.command(&[&["--json", "--follow"], &until[..]].concat()).output().unwrap());
     assert_eq!(followed["resumed"], true);
-    // Its checkpoint and each of its versions.
+    // Each of its checkpoints, before and behind the crashes, and each of its versions.
     let replayed = ask(&live, &["verify", "replay"], &[]);
     assert_eq!(replayed["same"], true, "{replayed}");
-    assert!(replayed["marks"].as_array().unwrap().len() > 2, "{replayed}");
+    let numbers = |kind: &str| -> Vec<u64> {
+        replayed["marks"].as_array().unwrap().iter().filter_map(|mark| mark["of"][kind].as_u64()).collect()
+    };
+    assert_eq!(numbers("digests"), (1..=numbers("checkpoint")[0]).collect::<Vec<_>>());
+    assert!(numbers("digests").len() > 10 && !numbers("version").is_empty(), "{replayed}");
     // A retrain over the same offsets, in a place of its own, and what goes on from it.
     let other = job(&impressions, &clicks);
     other.edit(KAFKA, ALWAYS_AWAITED);

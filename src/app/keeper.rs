@@ -12,9 +12,9 @@ use crate::event::Time;
 use crate::merge::PartitionPosition;
 use crate::snapshot::codec::Arrays;
 use crate::telemetry;
-use crate::train::checkpoint::{self, Checkpoints, SegmentRef};
+use crate::train::checkpoint::{self, Checkpoints, Loaded, SegmentRef};
 use crate::train::core::Image;
-use crate::train::image::{self, Branch, FORMAT, Head, ROWS, SEEN};
+use crate::train::image::{self, Branch, FORMAT, Head, ROWS, RowFile, SEEN};
 use crate::train::mark::{Marker, Past};
 
 /// Most files with changed rows behind one with all rows: a resume reads them all.
@@ -40,10 +40,29 @@ struct Shared {
 #[derive(Default)]
 struct State {
     busy: bool,
-    /// Batch of the newest durable checkpoint of this process.
+    /// Batch of the newest durable checkpoint.
     batch: Option<u64>,
-    /// The next checkpoint begins a chain.
+    /// The next checkpoint must hold all rows.
     whole: bool,
+}
+
+/// The checkpoint that a job goes on from.
+pub struct Resumed {
+    pub number: u64,
+    pub batch: u64,
+    /// The files that its rows are in.
+    rows: Vec<SegmentRef>,
+    past: Option<Past>,
+}
+
+impl Resumed {
+    #[must_use]
+    pub fn new(head: &Head, loaded: &Loaded) -> Self {
+        let rows = loaded.segments.iter().map(|(file, _)| file).filter(|file| file.name == ROWS).cloned().collect();
+        let number = loaded.number;
+        let past = head.mark.clone().map(|mark| Past { number, lineage: head.lineage.clone(), mark });
+        Self { number, batch: head.place.batches, rows, past }
+    }
 }
 
 struct Job {
@@ -53,11 +72,14 @@ struct Job {
 }
 
 impl Keeper {
-    /// Starts the thread. `next` is the number of the first checkpoint it writes, `resumed` what the job goes on from.
-    pub fn start(checked: &Checked, store: Checkpoints, next: u64, resumed: Option<Past>) -> std::io::Result<Self> {
+    /// Starts the thread. `resumed` is what the job goes on from: the core then keeps a log of changes from there on.
+    pub fn start(checked: &Checked, store: Checkpoints, resumed: Option<Resumed>) -> std::io::Result<Self> {
         let (jobs, inbox) = bounded(1);
-        let marked = resumed.as_ref().map(|past| past.mark.batch);
-        if let Some(past) = resumed {
+        let next = resumed.as_ref().map_or(1, |resumed| resumed.number + 1);
+        let batch = resumed.as_ref().map(|resumed| resumed.batch);
+        let (past, rows) = resumed.map(|resumed| (resumed.past, resumed.rows)).unwrap_or_default();
+        let marked = past.as_ref().map(|past| past.mark.batch);
+        if let Some(past) = past {
             // A run that was killed between a checkpoint and this line, or a lineage that was handed over.
             let known = store.history().unwrap_or_default();
             if known.last() != Some(&past) {
@@ -73,12 +95,14 @@ impl Keeper {
             schema: serde_json::from_str(&checked.schema.to_json()).expect("the schema writes JSON"),
             binding: checked.binding.clone(),
             build: checked.build(),
-            chain: Chain::default(),
+            chain: Chain { rows, ..Chain::default() },
             marker: Marker::new(checked.join.window),
             marked,
+            unreadable: false,
             durable: Durable::default(),
         };
-        let (durable, shared) = (Arc::clone(&writer.durable), Arc::<Shared>::default());
+        let state = Mutex::new(State { batch, ..State::default() });
+        let (durable, shared) = (Arc::clone(&writer.durable), Arc::new(Shared { state, ..Shared::default() }));
         let ours = Arc::clone(&shared);
         let thread = thread::Builder::new().name("checkpoint".into()).spawn(move || writer.run(&inbox, &ours))?;
         Ok(Self { jobs: Some(jobs), shared, durable, thread: Some(thread) })
@@ -173,11 +197,13 @@ struct Writer {
     binding: BTreeMap<String, String>,
     /// What the model is computed with.
     build: String,
-    /// Of the newest durable checkpoint of this process.
+    /// Of the newest durable checkpoint.
     chain: Chain,
     marker: Marker,
     /// Batch of the last mark.
     marked: Option<u64>,
+    /// The files of the chain could not be laid over each other: the next checkpoint must do without them.
+    unreadable: bool,
     durable: Durable,
 }
 
@@ -233,9 +259,8 @@ impl Writer {
             state.busy = false;
             if last.is_ok() {
                 state.batch = Some(job.image.place.batches);
-                // A second chain, as soon as can be, so that damage in one leaves the other.
-                state.whole = self.chain.is_long() || !self.store.has_apart();
             }
+            state.whole = self.unreadable;
             drop(state);
             shared.idle.notify_all();
             if let Some(done) = job.done {
@@ -245,12 +270,19 @@ impl Writer {
         last
     }
 
+    /// All rows, of the files of the chain and of those that changed since.
+    fn whole_rows(&self, changed: &Arrays, image: &Image) -> Result<Arrays, checkpoint::Error> {
+        let before = self.chain.rows.iter().map(|file| Ok(RowFile::read(&self.store.read_segment(file)?)?));
+        let mut files = before.collect::<Result<Vec<_>, checkpoint::Error>>()?;
+        files.push(RowFile::read(changed)?);
+        Ok(image::whole_rows(files, image)?)
+    }
+
     /// Returns how many bytes it wrote.
     fn write(&mut self, image: &Image, predictions: Option<u64>) -> Result<u64, checkpoint::Error> {
-        let mut chain = match image.since {
-            Some(_) => self.chain.clone(),
-            None => Chain { number: self.next, ..Chain::default() },
-        };
+        // A second chain as soon as can be, so that damage in one leaves the other.
+        let begins = image.since.is_none() || self.chain.is_long() || !self.store.has_apart();
+        let mut chain = if begins { Chain { number: self.next, ..Chain::default() } } else { self.chain.clone() };
         let mut bytes = 0;
         let mut put = |name: &str, arrays: &Arrays| {
             let file = self.store.write_segment(chain.number, name, arrays)?;
@@ -269,7 +301,13 @@ impl Writer {
         }
         let model = image.model.sorted();
         let mark = self.marker.mark(image, &model, image.since.map(u64::from).or(self.marked));
-        chain.rows.push(put(ROWS, &image::row_arrays(image, &model))?);
+        let mut rows = image::row_arrays(image, &model);
+        if begins && image.since.is_some() {
+            let whole = self.whole_rows(&rows, image);
+            self.unreadable = whole.is_err();
+            rows = whole?;
+        }
+        chain.rows.push(put(ROWS, &rows)?);
         chain.seen = seen;
         segments.extend(chain.rows.iter().cloned());
         let head = Head {
@@ -299,6 +337,7 @@ impl Writer {
         }
         self.next += 1;
         self.chain = chain;
+        self.unreadable = false;
         *self.durable.lock().unwrap_or_else(PoisonError::into_inner) = Some(head.partitions);
         Ok(bytes)
     }
@@ -320,7 +359,6 @@ mod tests {
     use crate::join;
     use crate::merge::Key;
     use crate::model::{self, Model};
-    use crate::train::checkpoint::Loaded;
     use crate::train::core::Place;
     use crate::train::mark;
 
@@ -425,6 +463,56 @@ mod tests {
         (head.place.batches as u32, state)
     }
 
+    #[test]
+    fn all_rows_are_written_now_and_then_without_a_copy_of_them_unless_a_file_of_the_chain_is_damaged() {
+        let dir = tempfile::tempdir().unwrap();
+        let checked = checked(dir.path());
+        let at = dir.path().join("checkpoints");
+        let keeper = Keeper::start(&checked, Checkpoints::open(&at).unwrap(), None).unwrap();
+        let mut model = checked.model.start().unwrap();
+        let row_files = || {
+            let loaded = Checkpoints::look(&at).newest().unwrap().unwrap();
+            let files: Vec<_> = loaded.segments.iter().map(|(file, _)| file).filter(|file| file.name == ROWS).collect();
+            files.iter().map(|file| at.join(&file.file)).collect::<Vec<_>>()
+        };
+        let mut next = |batch: u32, sound: bool| {
+            learn(&mut model, batch);
+            let mut copied = false;
+            let copy = |since: Option<u32>| {
+                copied = since.is_none();
+                image(&model, batch, since)
+            };
+            let written = keeper.write(copy, None);
+            model.forget_changes_to(keeper.acknowledged().unwrap() as u32);
+            model.mark(batch);
+            let (_, stored) = state(&Checkpoints::look(&at).newest().unwrap().unwrap());
+            assert_eq!(sound, stored == model.image().sorted(), "batch {batch}");
+            (written, copied)
+        };
+        let mut chains = std::collections::BTreeSet::new();
+        for batch in 1..=60 {
+            let (written, copied) = next(batch, true);
+            written.unwrap();
+            assert_eq!(copied, batch == 1);
+            let files = row_files();
+            assert!(files.len() <= INCREMENTS + 1);
+            chains.insert(files[0].clone());
+        }
+        assert!(chains.len() > 3, "{chains:?}");
+        // Until the chain is to be read, what is damaged in it is not noticed.
+        let full = row_files().swap_remove(0);
+        fs::write(&full, "damaged").unwrap();
+        let mut batches = 61..=62 + INCREMENTS as u32;
+        let error = batches.find_map(|batch| next(batch, false).0.err()).expect("the chain ends one day");
+        assert!(error.to_string().contains(full.to_str().unwrap()) && error.to_string().contains("is damaged"));
+        let (written, copied) = next(101, true);
+        written.unwrap();
+        assert!(copied);
+        let (written, copied) = next(102, true);
+        written.unwrap();
+        assert!(!copied);
+    }
+
     #[derive(Clone, Copy, Debug)]
     enum Step {
         Learn,
@@ -447,7 +535,7 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let checked = checked(dir.path());
             let (at, away) = (dir.path().join("checkpoints"), dir.path().join("away"));
-            let keeper = Keeper::start(&checked, Checkpoints::open(&at).unwrap(), 1, None).unwrap();
+            let keeper = Keeper::start(&checked, Checkpoints::open(&at).unwrap(), None).unwrap();
             let (mut model, mut plain) = (checked.model.start().unwrap(), checked.model.start().unwrap());
             let (mut batch, mut states, mut images) = (1, HashMap::new(), HashMap::new());
             learn(&mut model, batch);

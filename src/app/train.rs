@@ -9,7 +9,7 @@ use super::dead_letters::{At, DeadLetters};
 use super::handover;
 use super::input;
 pub use super::job::{Error, Options, Until};
-use super::keeper::Keeper;
+use super::keeper::{Keeper, Resumed};
 use super::operator::Desk;
 use super::predictions::Predictions;
 use super::publisher::{Handle, Job, Published};
@@ -28,7 +28,6 @@ use crate::train::compare::Kept;
 use crate::train::core::{Advance, Core, Sampling};
 use crate::train::fresh::Fresh;
 use crate::train::image::{self, FORMAT, Head, Ordered};
-use crate::train::mark::Past;
 use crate::train::progressive::Progressive;
 
 /// A line now and then while a job runs, for a person to follow.
@@ -93,20 +92,14 @@ fn run_lineage(
             handed_over = handover::take(checkpoints, checked)?;
             checkpoints.newest()?
         }
-        None => {
-            tracing::warn!("no [checkpoint] in the config: this run starts anew and cannot be resumed");
-            None
-        }
+        None => None,
     };
-    let mut next_checkpoint = 1;
-    let mut past = None;
+    let mut from = None;
     let (restored, model, measured, predictions_at, branch, words) = match loaded {
         Some(loaded) => {
             let dir = settings.map(|settings| settings.dir.clone()).unwrap_or_default();
-            next_checkpoint = loaded.number + 1;
-            let mut head: Head = read_head(&loaded.head, &dir, checked)?;
-            let lineage = head.lineage.clone();
-            past = head.mark.take().map(|mark| Past { number: loaded.number, lineage, mark });
+            let head: Head = read_head(&loaded.head, &dir, checked)?;
+            from = Some(Resumed::new(&head, &loaded));
             if let Some(expected) = &checked.branch
                 && head.branch.as_ref() != Some(expected)
             {
@@ -142,7 +135,8 @@ fn run_lineage(
 
     // Last stage first: publisher and checkpoint writer, the core, then what feeds it.
     let publisher = config.snapshots.as_ref().map(|settings| Handle::start(checked, settings)).transpose()?;
-    let keeper = checkpoints.map(|store| Keeper::start(checked, store, next_checkpoint, past)).transpose();
+    let known_to = from.as_ref().map(|from| from.batch);
+    let keeper = checkpoints.map(|store| Keeper::start(checked, store, from)).transpose();
     let keeper = keeper.map_err(Error::Thread)?;
 
     let batch = &config.batch;
@@ -174,6 +168,9 @@ fn run_lineage(
     let first_impression = restored.as_ref().map_or(0, |r| r.counts.impressions);
     if let Some(restored) = restored {
         core.restore(restored);
+    }
+    if let Some(batch) = known_to {
+        core.model.mark(u32::try_from(batch).expect("the job stops before 2^32 batches"));
     }
     if predictions.is_some() {
         core.keep_predictions();

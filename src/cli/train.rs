@@ -48,6 +48,9 @@ pub struct Train {
 impl Train {
     pub fn run(self) -> anyhow::Result<()> {
         let checked = self.config.load()?.check(self.until)?;
+        if checked.config.checkpoint.is_none() {
+            tracing::warn!("no [checkpoint] in the config: this run starts anew and cannot be resumed");
+        }
         let until = match self.until {
             Some(time) => Until::Time(time),
             None if self.until_end => Until::End,

@@ -102,15 +102,20 @@ impl Settings {
         }
         let &Self { rule, b, n0, l1, l2, prior_ctr, ref decay, .. } = self;
         let a = self.rate(features);
-        must(a > 0.0 && a <= 10.0, "a", "above 0 and at most 10", a)?;
-        for (key, value) in [("b", b), ("n0", n0), ("l1", l1), ("l2", l2)] {
+        must(a > 0.0 && a <= 10.0, "logistic.a", "above 0 and at most 10", a)?;
+        for (key, value) in [("logistic.b", b), ("logistic.n0", n0), ("logistic.l1", l1), ("logistic.l2", l2)] {
             must((0.0..=1e6).contains(&value), key, "between 0 and 1e6", value)?;
         }
         let c = b + a * l2;
-        must(c + n0.sqrt() >= 1e-6, "n0", "above 1e-12 where b and l2 are 0: the first step would divide by 0", n0)?;
+        must(
+            c + n0.sqrt() >= 1e-6,
+            "logistic.n0",
+            "above 1e-12 where b and l2 are 0: the first step would divide by 0",
+            n0,
+        )?;
         let ctr = prior_ctr.unwrap_or(0.5);
-        must(ctr > 0.0 && ctr < 1.0, "prior_ctr", "between 0 and 1, both exclusive", ctr)?;
-        let keys = ["decay.per", "decay.keep", "decay.floor"];
+        must(ctr > 0.0 && ctr < 1.0, "logistic.prior_ctr", "between 0 and 1, both exclusive", ctr)?;
+        let keys = ["logistic.decay.per", "logistic.decay.keep", "logistic.decay.floor"];
         let decay = decay.as_ref().map(|decay| decay.check(keys)).transpose()?;
         let keys = admission::Keys {
             admit: "logistic.table.admit",
@@ -1428,13 +1433,13 @@ mod tests {
             Ok(settings) => settings.check(16, 5).unwrap_err().to_string(),
             Err(error) => error.to_string(),
         };
-        assert_eq!(refused("a = 0"), "`model.a` must be above 0 and at most 10, got 0");
-        assert_eq!(refused("l1 = -1"), "`model.l1` must be between 0 and 1e6, got -1");
-        assert!(refused("n0 = 0").starts_with("`model.n0` must be above 1e-12"));
-        assert!(refused("prior_ctr = 1").starts_with("`model.prior_ctr` must be between 0 and 1"));
-        assert!(refused("decay = { per = \"0s\" }").starts_with("`model.decay.per` must be at least 1ms"));
-        assert!(refused("decay = { keep = 1 }").starts_with("`model.decay.keep`"));
-        assert!(refused("decay = { keep = nan }").starts_with("`model.decay.keep`"));
+        assert_eq!(refused("a = 0"), "`model.logistic.a` must be above 0 and at most 10, got 0");
+        assert_eq!(refused("l1 = -1"), "`model.logistic.l1` must be between 0 and 1e6, got -1");
+        assert!(refused("n0 = 0").starts_with("`model.logistic.n0` must be above 1e-12"));
+        assert!(refused("prior_ctr = 1").starts_with("`model.logistic.prior_ctr` must be between 0 and 1"));
+        assert!(refused("decay = { per = \"0s\" }").starts_with("`model.logistic.decay.per` must be at least 1ms"));
+        assert!(refused("decay = { keep = 1 }").starts_with("`model.logistic.decay.keep`"));
+        assert!(refused("decay = { keep = nan }").starts_with("`model.logistic.decay.keep`"));
         assert!(refused("lr = 1").contains("unknown field `lr`"));
         assert_eq!(
             refused("table = { admit = 0 }"),

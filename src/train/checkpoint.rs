@@ -290,6 +290,11 @@ impl Checkpoints {
         Ok(lines)
     }
 
+    /// Reads a segment and verifies every byte of it.
+    pub fn read_segment(&self, segment: &SegmentRef) -> Result<Arrays> {
+        self.read_arrays(&segment.file, segment.length, segment.digest, SEGMENT_FORMAT)
+    }
+
     /// Reads the newest generation and verifies every byte of it and of the segments it names. A damaged one is reported and
     /// the one before is taken; if there are generations and none is intact that is an error, never a start from nothing. None if there is none.
     pub fn newest(&self) -> Result<Option<Loaded>> {
@@ -317,10 +322,7 @@ impl Checkpoints {
     fn load(&self, number: u64) -> Result<(Loaded, Kept)> {
         let head = self.read_head(number)?;
         let arrays = self.read_arrays(&payload_name(number), head.length, head.digest, PAYLOAD_FORMAT)?;
-        let segments = head.segments.iter().map(|segment| {
-            let arrays = self.read_arrays(&segment.file, segment.length, segment.digest, SEGMENT_FORMAT)?;
-            Ok((segment.clone(), arrays))
-        });
+        let segments = head.segments.iter().map(|segment| Ok((segment.clone(), self.read_segment(segment)?)));
         let segments = segments.collect::<Result<_>>()?;
         Ok((Loaded { number, head: head.head.clone(), arrays, segments }, Kept::from(head)))
     }

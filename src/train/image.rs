@@ -239,10 +239,9 @@ pub fn row_arrays(image: &Image, model: &State) -> Arrays {
 }
 
 /// Refuses files of rows that do not follow one another from one with all rows up to number `batch`.
-fn check_chain(chain: &[&Arrays], batch: u64) -> codec::Result<()> {
+fn check_chain(chain: &[RowFile], batch: u64) -> codec::Result<()> {
     let mut at = None;
-    for arrays in chain {
-        let span = arrays.u64s("batches")?;
+    for RowFile { span, .. } in chain {
         at = match (at, &span[..]) {
             (None, &[to]) => Some(to),
             (Some(from), &[after, to]) if after == from => Some(to),
@@ -278,15 +277,72 @@ impl Columns {
     }
 }
 
+/// What a file of rows says of one table: rows, and ids that went.
+struct Piece {
+    rows: Columns,
+    removed: Vec<u64>,
+}
+
+impl Piece {
+    fn read(table: &str, arrays: &Arrays) -> codec::Result<Self> {
+        Ok(Self { rows: Columns::read(table, arrays)?, removed: arrays.u64s(&format!("{table}.removed"))? })
+    }
+}
+
+/// What [`row_arrays`] wrote.
+pub struct RowFile {
+    /// Number of the batch behind which its rows are those that changed, if they are not all, and of the batch they stand at.
+    span: Vec<u64>,
+    logistic: Piece,
+    embedding: Option<Piece>,
+}
+
+impl RowFile {
+    pub fn read(arrays: &Arrays) -> codec::Result<Self> {
+        let has = arrays.get("towers.ids").is_some();
+        Ok(Self {
+            span: arrays.u64s("batches")?,
+            logistic: Piece::read("model", arrays)?,
+            embedding: has.then(|| Piece::read("towers", arrays)).transpose()?,
+        })
+    }
+}
+
+/// The file with all rows that a chain of files comes to, of which the last is that of `image`. So all rows are written now and
+/// then, and the core copies none of them.
+pub fn whole_rows(chain: Vec<RowFile>, image: &Image) -> codec::Result<Arrays> {
+    let batch = image.place.batches;
+    check_chain(&chain, batch)?;
+    let (logistic, embedding): (_, Vec<_>) = chain.into_iter().map(|file| (file.logistic, file.embedding)).unzip();
+    let embedding = embedding.into_iter().collect::<Option<Vec<_>>>();
+    let tables = [("model", Some(logistic)), ("towers", embedding)];
+    let mut arrays = Arrays::new();
+    for (i, (table, files)) in tables.into_iter().enumerate() {
+        let Some(files) = files else { continue };
+        let rows = merge(table, files, image.model.rows[i])?;
+        if rows.ids.iter().fold(0, |sum: u64, id| sum.wrapping_add(*id)) != image.model.id_sums[i] {
+            return Err(codec::Error::Missing(format!("the ids that {table} has: its files come to others")));
+        }
+        arrays.push_u64(format!("{table}.ids"), &[rows.ids.len()], &rows.ids);
+        for (name, column) in ["w", "n", "z"].iter().zip(&rows.floats) {
+            arrays.push_f32(format!("{table}.{name}"), &[column.len()], column);
+        }
+        arrays.push_u32(format!("{table}.touched"), &[rows.touched.len()], &rows.touched);
+    }
+    ["model.removed", "towers.removed"].into_iter().for_each(|name| arrays.push_u64(name, &[0], &[]));
+    arrays.push_u64("batches", &[1], &[batch]);
+    Ok(arrays)
+}
+
 /// The rows of a table that a chain of files comes to: the first holds all rows, each other one what changed since.
-fn read_rows(table: &str, chain: &[&Arrays], count: usize) -> codec::Result<Columns> {
-    let mut files = chain.iter().map(|arrays| Columns::read(table, arrays)).collect::<codec::Result<Vec<_>>>()?;
+fn merge(table: &str, files: Vec<Piece>, count: usize) -> codec::Result<Columns> {
     // What became of each id last: a row of a file, or nothing.
     let mut last: Vec<(u64, Reverse<usize>, Option<usize>)> = Vec::new();
-    for (at, (file, arrays)) in files.iter().zip(chain).enumerate().skip(1) {
-        last.extend((0..).zip(&file.ids).map(|(row, &id)| (id, Reverse(at), Some(row))));
-        last.extend(arrays.u64s(&format!("{table}.removed"))?.into_iter().map(|id| (id, Reverse(at), None)));
+    for (at, Piece { rows, removed }) in files.iter().enumerate().skip(1) {
+        last.extend((0..).zip(&rows.ids).map(|(row, &id)| (id, Reverse(at), Some(row))));
+        last.extend(removed.iter().map(|&id| (id, Reverse(at), None)));
     }
+    let mut files: Vec<Columns> = files.into_iter().map(|piece| piece.rows).collect();
     last.sort_unstable();
     last.dedup_by_key(|(id, ..)| *id);
     let mut from: Vec<(usize, usize)> = Vec::with_capacity(files.first().map_or(0, |full| full.ids.len()) + last.len());
@@ -390,11 +446,9 @@ fn read_periods(name: &str, arrays: &Arrays) -> codec::Result<Vec<(u32, i64)>> {
     Ok(batches.into_iter().zip(periods).collect())
 }
 
-fn read_towers(arrays: &Arrays, chain: &[&Arrays], count: usize) -> codec::Result<Option<two_tower::State>> {
-    if arrays.get("towers.params").is_none() {
-        return Ok(None);
-    }
-    let Columns { ids, floats, touched } = read_rows("towers", chain, count)?;
+fn read_towers(arrays: &Arrays, chain: Option<Vec<Piece>>, count: usize) -> codec::Result<Option<two_tower::State>> {
+    let Some(chain) = chain.filter(|_| arrays.get("towers.params").is_some()) else { return Ok(None) };
+    let Columns { ids, floats, touched } = merge("towers", chain, count)?;
     let Ok([w, n]) = <[_; 2]>::try_from(floats) else {
         return Err(codec::Error::Missing("towers.w and towers.n".to_owned()));
     };
@@ -435,9 +489,10 @@ pub fn read(head: &Head, loaded: &Loaded) -> codec::Result<(Restored, State, Vec
         loaded.segments.iter().filter(move |(segment, _)| segment.name == name).map(|(_, arrays)| arrays)
     };
     let seen = segments(SEEN).map(read_segment).collect::<codec::Result<_>>()?;
-    let chain: Vec<&Arrays> = segments(ROWS).collect();
+    let chain = segments(ROWS).map(RowFile::read).collect::<codec::Result<Vec<_>>>()?;
     check_chain(&chain, head.place.batches)?;
-    let Columns { ids, floats, touched } = read_rows("model", &chain, head.rows[0])?;
+    let (rows, vectors): (_, Vec<_>) = chain.into_iter().map(|file| (file.logistic, file.embedding)).unzip();
+    let Columns { ids, floats, touched } = merge("model", rows, head.rows[0])?;
     let mut floats = floats.into_iter();
     let (Some(w), Some(n), z) = (floats.next(), floats.next(), floats.next()) else {
         return Err(codec::Error::Missing("model.w and model.n".to_owned()));
@@ -455,7 +510,7 @@ pub fn read(head: &Head, loaded: &Loaded) -> codec::Result<(Restored, State, Vec
         counts: head.features.clone(),
         admission: read_admission("model", arrays)?,
     };
-    let model = State { logistic, towers: read_towers(arrays, &chain, head.rows[1])? };
+    let model = State { logistic, towers: read_towers(arrays, vectors.into_iter().collect(), head.rows[1])? };
     let columns = ["time", "id", "content", "partition_row", "offset", "event_time", "flags"];
     let columns = columns.map(|name| arrays.u64s(&format!("clicks.{name}")));
     let [time, id, content, at, offset, event_time, flags] = columns;
