@@ -411,6 +411,21 @@ impl Config {
         read(path, overrides)
     }
 
+    /// Reads topics, which can be entered anywhere, from where everything is known that an impression at `from` needs: seen ids, and
+    /// clicks that came before their impression. Where a start is set, it stays.
+    pub fn start_before(&mut self, from: Time) {
+        let join = &self.join;
+        let least = join.window + join.max_lateness + join.click_skew;
+        let reach = join.dedup_horizon.unwrap_or(least).max(least) + join.max_lateness;
+        for stream in std::iter::once(&mut self.impressions).chain(self.clicks.as_mut()) {
+            let reach = reach + stream.max_out_of_order + stream.max_ahead;
+            if stream.source.kind == source::Kind::Kafka && stream.source.start.is_none() {
+                let at = Time(from.0.saturating_sub(reach.as_millis() as i64));
+                stream.source.start = Some(source::StartSetting::Word(at.to_string()));
+            }
+        }
+    }
+
     /// The file that gives these settings.
     pub fn to_toml(&self) -> Result<String, Error> {
         toml::to_string(self).map_err(|source| Error::Unwritable { source: Box::new(source) })

@@ -233,7 +233,7 @@ fn a_live_job_that_crashed_twice_is_replayed_and_retrained_to_the_same_bytes() {
 }
 
 #[test]
-fn a_retrain_reads_a_topic_from_where_its_start_needs_and_learns_nothing_before() {
+fn a_retrain_and_examples_read_a_topic_from_where_their_start_needs_and_have_nothing_of_before() {
     let (impressions, clicks) = (Topic::new("impressions", 2), Topic::new("clicks", 1));
     let put = |topic: &Topic, partition: i32, value: &str, n: u64| {
         let record = BaseRecord::<str, str>::to(&topic.name).partition(partition).payload(value);
@@ -255,6 +255,13 @@ fn a_retrain_reads_a_topic_from_where_its_start_needs_and_learns_nothing_before(
     // All windows of the last 800 but those that the end cuts; of the 1200 before only what seen ids and clicks need.
     assert!(n("positives") >= 70 && n("positives") + n("negatives") > 700, "{counts}");
     assert!(n("before_start") > 20 && n("before_start") < 200, "{counts}");
+    // So do examples.
+    let out = job.path("some.parquet");
+    let stretch = ["--from", "2026-01-01T00:20:00Z", "--until", "2026-01-01T00:30:00Z", "--out"];
+    let examples = ask(&job, &["examples"], &[&stretch[..], &[out.to_str().unwrap()]].concat());
+    let n = |value: &Value| value.as_u64().unwrap();
+    assert_eq!((n(&examples["positives"]), n(&examples["negatives"])), (60, 540), "{examples}");
+    assert!(n(&examples["counts"]["impressions"]) < 800, "{examples}");
 }
 
 #[test]

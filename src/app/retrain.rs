@@ -24,7 +24,6 @@ use crate::feature::schema::Schema;
 use crate::snapshot::decide::Wish;
 use crate::snapshot::operate::{Done, operate};
 use crate::snapshot::{self, Store, Version};
-use crate::source::{self, StartSetting};
 use crate::train::checkpoint::{self, Checkpoints};
 use crate::train::compare::{At, Kept, Report as Comparison, Rules, Slice, Stretch, Verdict, compare};
 use crate::train::image::{Branch, Head};
@@ -424,27 +423,12 @@ fn candidate(
         .dead_letters
         .map(|_| DeadLetterSettings { path: Some(request.dir.join("dead-letters.jsonl")), topic: None });
     if let Some(from) = plan.from {
-        start_before(&mut config, from);
+        config.start_before(from);
     }
     let mut checked = config.check(None)?;
     let began_as = warm.map(ToString::to_string);
     checked.branch = Some(Branch { name: name.to_owned(), from: plan.from, began_as });
     Ok(checked)
-}
-
-/// Reads a log that can be entered anywhere from where everything is known that an impression at `from` needs: seen ids,
-/// and clicks that came before their impression.
-fn start_before(config: &mut Config, from: Time) {
-    let join = &config.join;
-    let least = join.window + join.max_lateness + join.click_skew;
-    let reach = join.dedup_horizon.unwrap_or(least).max(least) + join.max_lateness;
-    for stream in std::iter::once(&mut config.impressions).chain(config.clicks.as_mut()) {
-        let reach = reach + stream.max_out_of_order + stream.max_ahead;
-        if stream.source.kind == source::Kind::Kafka && stream.source.start.is_none() {
-            let at = Time(from.0.saturating_sub(reach.as_millis() as i64));
-            stream.source.start = Some(StartSetting::Word(at.to_string()));
-        }
-    }
 }
 
 /// The live job's configuration, for a copy of it that learns on and writes nothing.

@@ -15,8 +15,8 @@ use crate::source::columnar::sink;
 /// Write the joined, labelled examples of a stretch of the log as Parquet, without training
 ///
 /// The order, the labels and what is dropped are those of `tidemill train`; docs/parquet.md describes the columns. Beside the
-/// files a configuration is written, under which `tidemill train` reads them and comes to the weights of a run over the log. Reads
-/// from the start of the log, also where --from leaves examples out, for their labels and duplicates depend on what came before.
+/// files a configuration is written, under which `tidemill train` reads them and comes to the weights of a run over the log. With
+/// --from, enough in front of it is read to know what its labels and duplicates depend on: of files and objects all of it.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Examples {
     #[command(flatten)]
@@ -54,7 +54,11 @@ pub struct Examples {
 impl Examples {
     pub fn run(self) -> anyhow::Result<()> {
         let config = self.config.load()?;
-        let checked = config.clone().check(self.until)?;
+        let mut reads = config.clone();
+        if let Some(from) = self.from {
+            reads.start_before(from);
+        }
+        let checked = reads.check(self.until)?;
         let kind = |name: &String| config.features.iter().find(|feature| feature.name == *name).map(|f| f.kind);
         for name in &self.weighted {
             match kind(name) {
