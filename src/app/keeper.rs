@@ -81,8 +81,7 @@ impl Keeper {
         let marked = past.as_ref().map(|past| past.mark.batch);
         if let Some(past) = past {
             // A run that was killed between a checkpoint and this line, or a lineage that was handed over.
-            let known = store.history().unwrap_or_default();
-            if known.last() != Some(&past) {
+            if store.last_of_history().unwrap_or_default().as_ref() != Some(&past) {
                 note(&store, &past);
             }
         }

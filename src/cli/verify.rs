@@ -121,9 +121,10 @@ fn print_replayed(replayed: &verify::Replayed) -> std::io::Result<()> {
             continue;
         }
         if let Some((first, last, count)) = same.take() {
-            let span = if count == 1 { name(&last.of) } else { format!("{} to {}", name(&first.of), name(&last.of)) };
             let at = last.frontier.map_or(String::new(), |time| format!(", {time}"));
-            writeln!(out, "batch {:<8} {span}{at}: {count} with the same digests", last.batch)?;
+            let (first, last, batch) = (name(&first.of), name(&last.of), last.batch);
+            let span = if count == 1 { last } else { format!("{first} to {last}, {count} of them") };
+            writeln!(out, "batch {batch:<8} {span}{at}: the same digests")?;
         }
         let Some(mark) = mark else { break };
         let at = mark.frontier.map_or(String::new(), |time| format!(", {time}"));

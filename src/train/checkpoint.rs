@@ -271,23 +271,41 @@ impl Checkpoints {
     /// The lines of the history, oldest first. Empty if there is none. What a crash has cut short, or cannot be read, is left
     /// out.
     pub fn history<T: for<'de> Deserialize<'de>>(&self) -> Result<Vec<T>> {
-        let path = self.dir.join(HISTORY);
-        let text = match fs::read(&path) {
-            Ok(text) => text,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(e) => return Err(failed(&path, "read", e)),
-        };
-        let mut lines = Vec::new();
-        for (number, line) in text.split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty()) {
+        let lines = self.read_history(u64::MAX)?;
+        let mut read = Vec::new();
+        for line in lines.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
             match serde_json::from_slice(line) {
-                Ok(line) => lines.push(line),
+                Ok(line) => read.push(line),
                 Err(error) => {
-                    let (path, line) = (path.display(), number + 1);
-                    tracing::warn!(%path, line, %error, "a line of the history is left out");
+                    let line = String::from_utf8_lossy(line);
+                    tracing::warn!(dir = %self.dir.display(), %line, %error, "a line of the history is left out");
                 }
             }
         }
-        Ok(lines)
+        Ok(read)
+    }
+
+    /// The last line of the history, if it can be read.
+    pub fn last_of_history<T: for<'de> Deserialize<'de>>(&self) -> Result<Option<T>> {
+        let lines = self.read_history(1 << 16)?;
+        let last = lines.split(|byte| *byte == b'\n').rfind(|line| !line.is_empty());
+        Ok(last.and_then(|line| serde_json::from_slice(line).ok()))
+    }
+
+    /// At most so many bytes of the history, from its end.
+    fn read_history(&self, most: u64) -> Result<Vec<u8>> {
+        let path = self.dir.join(HISTORY);
+        let read = || {
+            let mut file = match File::open(&path) {
+                Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+                file => file?,
+            };
+            file.seek(SeekFrom::Start(file.metadata()?.len().saturating_sub(most)))?;
+            let mut text = Vec::new();
+            file.read_to_end(&mut text)?;
+            Ok(text)
+        };
+        read().map_err(|e| failed(&path, "read", e))
     }
 
     /// Reads a segment and verifies every byte of it.
@@ -548,7 +566,9 @@ mod tests {
         text.extend_from_slice(b"{\"number\":4,\"ma");
         fs::write(&path, text).unwrap();
         assert_eq!(checkpoints.history::<u64>().unwrap(), [1, 2, 3]);
+        assert_eq!(checkpoints.last_of_history::<u64>().unwrap(), None);
         checkpoints.append_history(&5_u64).unwrap();
+        assert_eq!(checkpoints.last_of_history::<u64>().unwrap(), Some(5));
         assert_eq!(checkpoints.history::<u64>().unwrap(), [1, 2, 3, 5]);
         // It outlives generations.
         (1..=4).for_each(|number| write(&checkpoints, number).unwrap());
