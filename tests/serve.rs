@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read as _;
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -613,7 +613,7 @@ fn what_is_refused_leaves_nothing_in_the_cache() {
 }
 
 #[test]
-fn a_cache_that_takes_nothing_keeps_no_version_from_being_served() {
+fn a_cache_that_takes_nothing_keeps_no_version_from_being_served_and_none_in_memory() {
     let mut shop = Shop::new();
     let cache = shop.dir.path().join("cache");
     std::fs::create_dir_all(&cache).unwrap();
@@ -621,10 +621,78 @@ fn a_cache_that_takes_nothing_keeps_no_version_from_being_served() {
     let version = shop.publish();
     let node = node_with(&shop, &cache);
     let model = node.wait(Duration::from_secs(30)).unwrap();
-    assert_eq!((model.version(), model.mapped_bytes()), (version, 0));
-    assert!(model.bytes() > 0);
+    assert_eq!(model.version(), version);
+    assert!(model.mapped_bytes() > 0 && !node.status().from_cache);
     let next = shop.publish();
     until("the next", || node.status().version == Some(next));
+}
+
+#[test]
+fn what_is_mapped_without_a_cache_has_no_name_while_the_node_runs_and_after_it_is_killed() {
+    let mut shop = Shop::new();
+    let version = shop.publish();
+    let temporary = tempfile::tempdir().unwrap();
+    let mut command = Command::new(TIDEMILL);
+    command.env("TMPDIR", temporary.path()).stderr(Stdio::null());
+    let mut serving = Serving::start_by(command, &shop.path(), &[]);
+    let left = || std::fs::read_dir(temporary.path()).unwrap().count();
+    let maps = format!("/proc/{}/maps", serving.child.id());
+    let mapped = || {
+        let maps = std::fs::read_to_string(&maps).unwrap();
+        let ours = maps.lines().filter(|line| line.contains(temporary.path().to_str().unwrap()));
+        ours.map(|line| assert!(line.ends_with("(deleted)") && line.contains(" r--s "), "{line}")).count()
+    };
+    serving.serves(version);
+    assert_eq!((mapped(), left()), (1, 0));
+    for _ in 0..3 {
+        // So that it is a full.
+        shop.open(shop.base.manifest.model.clone());
+        serving.serves(shop.publish());
+        assert_eq!(left(), 0);
+        until("the file before it to be let go of", || mapped() == 1);
+    }
+    let (model, length) = (serving.get("/v1/model").1, serving.metric("tidemill_serve_mapped_bytes"));
+    assert!(length > 0.0 && model["mapped_bytes"] == json!(length as u64), "{model}");
+    assert_eq!(model["bytes"], json!((length + serving.metric("tidemill_serve_memory_bytes")) as u64));
+    serving.child.kill().unwrap();
+    serving.child.wait().unwrap();
+    assert_eq!(left(), 0);
+}
+
+#[test]
+fn where_no_temporary_file_can_be_written_a_full_is_held_in_memory_and_the_log_says_what_to_do() {
+    let mut shop = Shop::new();
+    let (context, candidate) = split(&records()[3]);
+    let body = json!({"context": context, "candidates": [candidate]}).to_string();
+    let dir = tempfile::tempdir().unwrap();
+    let (absent, file) = (dir.path().join("absent"), dir.path().join("file"));
+    std::fs::write(&file, "no directory").unwrap();
+    // In the last there is room for the beginning of a payload.
+    for (temporary, blocks, why) in [
+        (absent.as_path(), "unlimited", "No such file"),
+        (&file, "unlimited", "Not a directory"),
+        (dir.path(), "1", "File too large"),
+    ] {
+        let mut command = Command::new("sh");
+        let limited = format!("ulimit -f {blocks}; trap '' XFSZ; exec {TIDEMILL} \"$@\"");
+        command.args(["-c", &limited, "sh"]).env("TMPDIR", temporary).stderr(Stdio::piped());
+        let first = shop.publish();
+        let mut serving = Serving::start_by(command, &shop.path(), &[]);
+        serving.serves(first);
+        let next = shop.publish();
+        serving.serves(next);
+        let model = serving.get("/v1/model").1;
+        assert_eq!((&model["version"], &model["mapped_bytes"]), (&json!(next), &json!(0)));
+        assert_eq!(serving.metric("tidemill_serve_mapped_bytes"), 0.0);
+        assert_eq!(json!(serving.metric("tidemill_serve_memory_bytes") as u64), model["bytes"]);
+        assert_eq!((serving.score(&body).0, &serving.get("/readyz").1["refused"]), (200, &Value::Null));
+        serving.child.kill().unwrap();
+        let mut log = String::new();
+        serving.child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
+        let warned = log.lines().filter(|line| line.contains("WARN") && line.contains(temporary.to_str().unwrap()));
+        let mut warned = warned.filter(|line| line.contains("set TMPDIR, or `cache`, to") && line.contains(why));
+        assert!(warned.next().is_some(), "{log}");
+    }
 }
 
 #[test]

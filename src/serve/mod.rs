@@ -72,9 +72,10 @@ pub struct Settings {
     /// Payloads are read at no more than so many bytes a second, so that a fleet that loads at once does not fill the network.
     /// Default 0: no bound.
     pub load_bytes_per_second: u64,
-    /// Directory for the version being served, on a local disk: a full is mapped from there, and a node starts while the
-    /// store is away. One node at a time may use it, and nothing else may write there. Default: none, then a full is held
-    /// in memory, and two while one loads.
+    /// Directory for the version being served, on a local disk with room for two fulls: a full is mapped from there, and a node
+    /// starts while the store is away. One node at a time may use it, and nothing else may write there. Default: none, then a full
+    /// is mapped from a file without a name in the directory for temporary files (`TMPDIR`), which wants the same room; what
+    /// cannot be written to either is held in memory, and two fulls while one loads.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cache: Option<PathBuf>,
     pub http: http::Settings,

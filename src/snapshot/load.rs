@@ -6,6 +6,7 @@ use super::address::chain;
 use super::codec::{Arrays, Digest};
 use super::delta::Delta;
 use super::manifest::{DELTA_FORMAT, Document, Kind, Link, Manifest, ObjectRef, PAYLOAD_FORMAT, Version};
+use super::mapped::Draft;
 use super::store::{Copied, Created, Store, document, manifest_key, not_published, object_key};
 use super::weights::{self, Weights};
 use super::{Error, Result};
@@ -103,7 +104,8 @@ impl Store {
     pub async fn load(&self, version: Version) -> Result<Snapshot> {
         let chain = self.chain(version, None).await?;
         let mut objects = Objects::new();
-        let (mut weights, _) = self.weights(&chain.links[0], None, &mut objects).await?;
+        let object = payload_of(&chain.links[0])?;
+        let mut weights = weights_in(object, &self.payload(&chain.links[0], object).await?)?;
         for link in &chain.links[1..] {
             let delta = self.delta(link, weights.towers().map(|towers| towers.pair()), &mut objects).await?;
             let key = &link.manifest.objects[0].name;
@@ -178,16 +180,24 @@ impl Store {
         Ok(Chain { links, from_held })
     }
 
-    /// The full that a chain begins with, to be served: its columns lie in the bytes of its payload, and these in memory, or with
-    /// a cache in the file that it has there, mapped. What the cache lacks, or has otherwise than it was published, is copied to
-    /// it first; where it cannot be, the payload is held in memory. All of it is checked but for the golden vectors. What was read
-    /// and is not in the cache yet comes with it.
+    /// The full that a chain begins with, to be served: its columns lie in the bytes of its payload, and these in a mapped file: the one
+    /// that it has in the cache, or without a cache one that has no name and is gone with the snapshot, in the directory for
+    /// temporary files. What the cache lacks, or has otherwise than it was published, is copied to it first. What neither of them can
+    /// hold is held in memory. All of it is checked but for the golden vectors. What was read and is not in the cache yet comes with
+    /// it.
     pub async fn full(&self, chain: &Chain, cache: Option<&Self>) -> Result<(Snapshot, Objects)> {
-        let (link, mut objects) = (&chain.links[0], Objects::new());
-        let (weights, mapped) = self.weights(link, cache, &mut objects).await?;
+        let link = &chain.links[0];
+        let object = payload_of(link)?;
+        let (bytes, place) = self.held(link, object, cache).await?;
+        let weights = weights_in(object, &bytes)?;
         says_what_it_holds(&link.manifest, &weights)?;
+        let mut objects = Objects::new();
+        if place != Place::Cache {
+            objects.push((object.name.clone(), bytes));
+        }
+        objects.push((manifest_key(link.manifest.version), link.bytes.clone()));
         let Sealed { manifest, digest, .. } = link.clone();
-        Ok((Snapshot { manifest, weights, digest, mapped }, objects))
+        Ok((Snapshot { manifest, weights, digest, mapped: place != Place::Memory }, objects))
     }
 
     /// The deltas of a chain, oldest first. `towers` are those of the model.
@@ -199,50 +209,40 @@ impl Store {
         Ok((deltas, objects))
     }
 
-    /// The weights of a full, and whether they lie in a mapped file.
-    async fn weights(&self, link: &Sealed, cache: Option<&Self>, objects: &mut Objects) -> Result<(Weights, bool)> {
-        let object = payload_of(link)?;
-        let mapped = match cache {
-            Some(cache) => self.mapped(link, object, cache).await?,
-            None => None,
-        };
-        let is_mapped = mapped.is_some();
-        let bytes = match mapped {
-            Some(bytes) => bytes,
-            None => {
-                let bytes = self.payload(link, object).await?;
-                objects.push((object.name.clone(), bytes.clone()));
-                bytes
+    /// The bytes of a payload, and where they lie.
+    async fn held(&self, link: &Sealed, object: &ObjectRef, cache: Option<&Self>) -> Result<(Bytes, Place)> {
+        let key = object.name.as_str();
+        if let Some(cache) = cache {
+            match cache.map(object) {
+                Ok(Some(bytes)) => return Ok((bytes, Place::Cache)),
+                Ok(None) if self.is_same_directory(cache) => return Err(missing(link, object)),
+                Ok(None) => {}
+                Err(error) if self.is_same_directory(cache) => return Err(error),
+                // What is copied takes its place.
+                Err(error) => {
+                    tracing::warn!(error = %chain(&error), "what the cache has is not used, it is fetched anew");
+                }
             }
-        };
-        objects.push((manifest_key(link.manifest.version), link.bytes.clone()));
-        let corrupt = |reason| move |source| Error::Corrupt { key: object.name.clone(), reason, source };
-        let arrays = Arrays::decode(&bytes, PAYLOAD_FORMAT).map_err(corrupt("cannot be read"))?;
-        let weights = Weights::from_arrays(&arrays).map_err(corrupt("does not hold a model"))?;
-        Ok((weights, is_mapped))
-    }
-
-    /// The bytes of a payload, mapped from its file in `cache`. None if it cannot have one.
-    async fn mapped(&self, link: &Sealed, object: &ObjectRef, cache: &Self) -> Result<Option<Bytes>> {
-        match cache.map(object) {
-            Ok(Some(bytes)) => return Ok(Some(bytes)),
-            Ok(None) if self.is_same_directory(cache) => return Err(missing(link, object)),
-            Ok(None) => {}
-            Err(error) if self.is_same_directory(cache) => return Err(error),
-            // What is copied takes its place.
-            Err(error) => tracing::warn!(error = %chain(&error), "what the cache has is not used, it is fetched anew"),
+            match self.copy(object, cache.draft(object)).await? {
+                Copied::Absent => return Err(missing(link, object)),
+                Copied::Whole(bytes) => return Ok((bytes, Place::Cache)),
+                Copied::Failed(error) => {
+                    tracing::warn!(key, %error, "the cache cannot hold a payload, so it goes to a temporary file");
+                }
+            }
         }
-        let why = match self.copy(object, cache).await? {
+        let dir = std::env::temp_dir();
+        match self.copy(object, Draft::unnamed(&dir)).await? {
             Copied::Absent => return Err(missing(link, object)),
-            Copied::Failed(error) => error.to_string(),
-            Copied::Whole => match cache.map(object) {
-                Ok(Some(bytes)) => return Ok(Some(bytes)),
-                Ok(None) => "it is gone".to_owned(),
-                Err(error) => chain(&error),
-            },
-        };
-        tracing::warn!(key = object.name, why, "the cache cannot hold a payload, so it is held in memory");
-        Ok(None)
+            Copied::Whole(bytes) => return Ok((bytes, Place::Unnamed)),
+            Copied::Failed(error) => tracing::warn!(
+                key,
+                dir = %dir.display(),
+                %error,
+                "no temporary file can hold a payload, so it is held in memory, and two while one loads; set TMPDIR, or `cache`, to a directory that can be written, with room for two fulls"
+            ),
+        }
+        Ok((self.payload(link, object).await?, Place::Memory))
     }
 
     async fn delta(&self, link: &Sealed, towers: Option<&Pair>, objects: &mut Objects) -> Result<Delta> {
@@ -317,6 +317,23 @@ impl Store {
         }
         self.sweep_all().await
     }
+}
+
+/// Where the payload of a full lies.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Place {
+    /// In its file in the cache, mapped.
+    Cache,
+    /// In a file without a name, mapped.
+    Unnamed,
+    Memory,
+}
+
+/// The weights of a full, which lie in the bytes of its payload.
+fn weights_in(object: &ObjectRef, payload: &Bytes) -> Result<Weights> {
+    let corrupt = |reason| move |source| Error::Corrupt { key: object.name.clone(), reason, source };
+    let arrays = Arrays::decode(payload, PAYLOAD_FORMAT).map_err(corrupt("cannot be read"))?;
+    Weights::from_arrays(&arrays).map_err(corrupt("does not hold a model"))
 }
 
 /// The one payload that a manifest names.

@@ -2,7 +2,7 @@
 //!
 //! [`codec`] turns arrays into canonical bytes, [`manifest`] says what a version holds, [`weights`] and [`towers`] are the model as it
 //! travels ([`mod@column`]: in place in its bytes), [`delta`] is what one version changes in another, [`decide`] and [`gate`] hold the rules (pure), [`store`] talks to the store, which
-//! `address` opens, `mapped` keeps files of a cache; [`publish`], [`load`], [`operate`] (what a person does to a channel) and [`retain`] use it. The
+//! `address` opens, `mapped` keeps payloads in files; [`publish`], [`load`], [`operate`] (what a person does to a channel) and [`retain`] use it. The
 //! format and the protocol are written down in `docs/snapshot-format.md`.
 mod address;
 pub mod codec;

@@ -428,19 +428,24 @@ impl Store {
         self.local.is_some() && self.local == other.local
     }
 
-    /// Copies a payload to `cache`, a directory of this machine, part by part: it has its name there only once its bytes are
-    /// those that the name says. Files are written on the thread that asks.
-    pub(super) async fn copy(&self, object: &ObjectRef, cache: &Self) -> Result<Copied> {
+    /// A file for a payload in this cache, a directory of this machine.
+    pub(super) fn draft(&self, object: &ObjectRef) -> std::io::Result<Draft> {
+        match &self.local {
+            Some(root) => Draft::named(root.join(&object.name)),
+            None => Err(std::io::Error::other("only a directory of this machine holds files to map")),
+        }
+    }
+
+    /// Copies a payload to a file of this machine, part by part, and maps it: it is finished only if its bytes are those that the
+    /// name of the payload says. Files are written on the thread that asks.
+    pub(super) async fn copy(&self, object: &ObjectRef, to: std::io::Result<Draft>) -> Result<Copied> {
         let key = object.name.as_str();
         match self.size(key).await? {
             None => return Ok(Copied::Absent),
             Some(size) if size == object.length => {}
             Some(length) => return Err(not_published(key, codec::Error::Length { expected: object.length, length })),
         }
-        let Some(path) = cache.local.as_ref().map(|root| root.join(key)) else {
-            return Ok(Copied::Failed(std::io::Error::other("only a directory of this machine holds files to map")));
-        };
-        let (mut draft, mut failure) = match Draft::new(&path) {
+        let (mut draft, mut failure) = match to {
             Ok(draft) => (draft, None),
             Err(error) => return Ok(Copied::Failed(error)),
         };
@@ -451,15 +456,14 @@ impl Store {
         if !self.in_parts_of(key, object.length, take).await? {
             return Ok(Copied::Absent);
         }
-        if failure.is_none() && draft.digest() != object.digest {
+        if let Some(error) = failure {
+            return Ok(Copied::Failed(error));
+        }
+        if draft.digest() != object.digest {
             let (expected, found) = (object.digest, draft.digest());
             return Err(not_published(key, codec::Error::Digest { expected, found }));
         }
-        let done = match failure {
-            Some(error) => Err(error),
-            None => draft.finish(&path),
-        };
-        Ok(done.map_or_else(Copied::Failed, |()| Copied::Whole))
+        Ok(draft.finish().map_or_else(Copied::Failed, Copied::Whole))
     }
 
     /// The bytes of a payload of a directory of this machine, mapped from its file and checked. None if it is not there.
@@ -599,10 +603,11 @@ impl Store {
 /// How copying a payload ended.
 #[derive(Debug)]
 pub(super) enum Copied {
-    Whole,
+    /// With its bytes, mapped.
+    Whole(Bytes),
     /// The store does not have it.
     Absent,
-    /// It cannot be written.
+    /// The file cannot be written.
     Failed(std::io::Error),
 }
 

@@ -980,7 +980,7 @@ async fn an_upload_that_never_succeeds_leaves_no_object_and_is_a_retry() {
 }
 
 #[tokio::test]
-async fn a_full_read_in_place_from_a_cache_is_the_one_that_was_published() {
+async fn a_full_read_in_place_from_a_file_is_the_one_that_was_published() {
     for precision in [super::Precision::F32, super::Precision::F16, super::Precision::Int8] {
         for pace in [None, Some(100_000_000)] {
             let dir = tempfile::tempdir().unwrap();
@@ -995,11 +995,11 @@ async fn a_full_read_in_place_from_a_cache_is_the_one_that_was_published() {
             publisher.publish(&exact.clone().into(), facts(1), &golden(&exact), None).await.unwrap();
             let chain = store.chain(Version(1), None).await.unwrap();
             let loaded = store.load(Version(1)).await.unwrap();
-            for (place, there) in [(None, false), (Some(&cache), true), (Some(&cache), true)] {
+            for place in [None, Some(&cache), Some(&cache)] {
                 let (full, objects) = store.full(&chain, place).await.unwrap();
-                assert_eq!((full.is_mapped(), &full.weights), (there, &loaded.weights));
+                assert_eq!((full.is_mapped(), &full.weights), (true, &loaded.weights));
                 // The payload comes along only where it is not in the cache.
-                assert_eq!(objects.len(), if there { 1 } else { 2 });
+                assert_eq!(objects.len(), if place.is_some() { 1 } else { 2 });
             }
             // What is in the cache is read there, also when the store is gone.
             let object = &loaded.manifest.objects[0].name;
@@ -1014,7 +1014,21 @@ async fn a_full_read_in_place_from_a_cache_is_the_one_that_was_published() {
 }
 
 #[tokio::test]
-async fn a_payload_that_came_otherwise_than_published_gets_no_name_in_a_cache() {
+async fn a_full_that_comes_in_parts_from_a_bucket_is_read_in_place_without_a_cache() {
+    let store = Store::over(memory()).in_parts(100);
+    let model = ModelInfo { kind: "logistic".to_owned(), ..ModelInfo::default() };
+    let plan = Settings::default().check().unwrap();
+    let mut publisher = Publisher::open(store.clone(), &plan, "main", model).await.unwrap();
+    let exact = weights(7);
+    publisher.publish(&exact.clone().into(), facts(1), &golden(&exact), None).await.unwrap();
+    let chain = store.chain(Version(1), None).await.unwrap();
+    let (full, _) = store.full(&chain, None).await.unwrap();
+    assert!(full.is_mapped() && full.manifest.objects[0].length > 300);
+    assert_eq!(full.weights, store.load(Version(1)).await.unwrap().weights);
+}
+
+#[tokio::test]
+async fn a_payload_that_came_otherwise_than_published_is_refused_and_gets_no_name_in_a_cache() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
     let (store, cache) = (Store::create(&path("store")).unwrap(), Store::create(&path("cache")).unwrap());
@@ -1033,8 +1047,10 @@ async fn a_payload_that_came_otherwise_than_published_gets_no_name_in_a_cache() 
             bytes.truncate(at);
         }
         std::fs::write(&object, bytes).unwrap();
-        let error = store.full(&chain, Some(&cache)).await.unwrap_err();
-        assert!(matches!(&error, Error::Corrupt { .. }) && error.remedy() == Remedy::SkipVersion, "{at}: {error}");
+        for place in [Some(&cache), None] {
+            let error = store.full(&chain, place).await.unwrap_err();
+            assert!(matches!(&error, Error::Corrupt { .. }) && error.remedy() == Remedy::SkipVersion, "{at}: {error}");
+        }
         let left = std::fs::read_dir(dir.path().join("cache/objects")).map_or(0, Iterator::count);
         assert_eq!(left, 0, "byte {at}");
     }

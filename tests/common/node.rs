@@ -21,15 +21,21 @@ pub struct Serving {
 
 impl Serving {
     pub fn start(store: &Path, settings: &[&str]) -> Self {
-        let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/serve.toml");
         let mut command = Command::new(TIDEMILL);
+        command.stderr(Stdio::null());
+        Self::start_by(command, store, settings)
+    }
+
+    /// By a command that runs `tidemill` with the arguments that it is given.
+    pub fn start_by(mut command: Command, store: &Path, settings: &[&str]) -> Self {
+        let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/serve.toml");
         command.arg("serve").arg("-c").arg(config);
         let store = format!("store=\"{}\"", store.display());
         for set in [&store, "http.listen=\"127.0.0.1:0\"", "poll=\"20ms\"", "poll_max=\"100ms\""].iter().chain(settings)
         {
             command.args(["--set", set]);
         }
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
         let mut stdout = BufReader::new(child.stdout.take().unwrap());
         let mut line = String::new();
         stdout.read_line(&mut line).unwrap();
