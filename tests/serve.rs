@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tidemill::event::{Chunk, Stream, Time};
 use tidemill::feature::Schema;
+use tidemill::feature::schema::ENCODING;
 use tidemill::position::Fingerprint;
 use tidemill::serve::{Node, Scorer, Settings};
 use tidemill::snapshot::manifest::Document as _;
@@ -350,7 +351,10 @@ fn a_bad_version_is_refused_with_its_reason_and_the_old_one_serves() {
         ("does not end with its check", Box::new(move |s| s.put(nothing, |_, manifest| manifest.truncate(100)))),
         ("at least one byte differs", Box::new(move |s| s.put(nothing, |_, manifest| manifest[40] ^= 1))),
         ("hash", Box::new(move |s| s.put(|m| m.model.schema_hash = "0123456789abcdef".to_owned(), as_is))),
-        ("schema cannot be used", Box::new(move |s| s.put(|m| m.model.schema["encoding"] = 2.into(), as_is))),
+        (
+            "schema cannot be used",
+            Box::new(move |s| s.put(|m| m.model.schema["encoding"] = (ENCODING + 1).into(), as_is)),
+        ),
         (
             "default rows are not those of its schema",
             Box::new(move |s| {
