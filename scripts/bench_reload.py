@@ -7,9 +7,9 @@
    every delta: rows touched, bytes beside those of the full in its place, and the time from the append to the version.
 2. A node serves a copy of that store, and the load generator examples/load.rs asks it on a fixed schedule, at a third of what it reached
    without one; latencies count from when a request was due. Minutes in which a version is named every few seconds (one of 21 is a full)
-   and minutes in which none is, in turn, as many of each. Memory is that of the node's process, with --cache less the files that it has mapped.
+   and minutes in which none is, in turn, as many of each. Memory is that of the node's process, less the files that it has mapped.
 
-Fails if a request fails, a version is refused, or the node's memory grows past twice what it was (without a cache a full is loaded beside the old one).
+Fails if a request fails, a version is refused, or the node's memory grows past twice what it was.
 Percentiles are the least of the minutes of a kind: a noisy neighbour only ever takes away. Run with .venv/bin/python.
 """
 
@@ -43,7 +43,7 @@ def main():
     parser.add_argument("--step", type=int, default=1500, help="impressions a version")
     parser.add_argument("--precision", default="f32", choices=["f32", "f16", "int8"])
     parser.add_argument("--model", default="logistic", choices=["logistic", "two_tower"])
-    parser.add_argument("--cache", action="store_true", help="the node maps its fulls from a cache")
+    parser.add_argument("--cache", action="store_true", help="the node maps its fulls from a cache, not from temporary files")
     parser.add_argument("--candidates", type=int, default=100)
     parser.add_argument("--tidemill", help="path of the binary; default target/release/tidemill")
     parser.add_argument("--rows", type=pathlib.Path, help="append the rows of the table to this file")
@@ -141,7 +141,7 @@ def measure(arguments, binary, generator, scratch):
     load, minute = Load(generator, arguments.candidates, 4), 60
     memory, watching = {}, threading.Event()
     cache = [f"cache={json.dumps(str(scratch / 'cache'))}"] if arguments.cache else []
-    line = "RssAnon" if arguments.cache else "VmRSS"
+    line = "RssAnon"  # what is mapped from files the system takes back when it wants it
     with Tidemill(binary, served, bodies, scratch / "serve.log", cache) as node:
         resident = lambda: next(int(l.split()[1]) for l in pathlib.Path(f"/proc/{node.process.pid}/status").read_text().splitlines() if l.startswith(line)) / 1024
         load.run(node, 2)
