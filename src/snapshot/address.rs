@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey, S3ConditionalPut};
-use object_store::azure::MicrosoftAzureBuilder;
-use object_store::gcp::GoogleCloudStorageBuilder;
+use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
+use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::prefix::PrefixStore;
@@ -280,32 +280,46 @@ fn s3(bare: &str, bucket: &str, options: &Options) -> Result<object_store::aws::
 }
 
 fn gcs(bare: &str, bucket: &str, options: &Options) -> Result<object_store::gcp::GoogleCloudStorage> {
-    let endpoint = options.endpoint.as_deref();
-    let mut builder = GoogleCloudStorageBuilder::from_env()
-        .with_bucket_name(bucket)
-        .with_client_options(options.client(bare, endpoint, "GOOGLE_ALLOW_HTTP")?)
+    let mut builder = GoogleCloudStorageBuilder::from_env().with_bucket_name(bucket);
+    let endpoint = options.endpoint.clone().or_else(|| builder.get_config_value(&GoogleConfigKey::BaseUrl));
+    builder = builder
+        .with_client_options(options.client(bare, endpoint.as_deref(), "GOOGLE_ALLOW_HTTP")?)
         .with_skip_signature(options.anonymous)
         .with_retry(retry());
-    if let Some(endpoint) = endpoint {
-        builder = builder.with_base_url(endpoint);
+    if let Some(endpoint) = &endpoint {
+        builder = builder.with_base_url(endpoint.trim_end_matches('/'));
     }
-    builder.build().map_err(|e| refuse(bare, e.to_string()))
+    // It knows the bucket: what is left to be wrong is a file with credentials.
+    builder.build().map_err(|e| {
+        let which = "correct what GOOGLE_APPLICATION_CREDENTIALS or GOOGLE_SERVICE_ACCOUNT names";
+        refuse(bare, format!("its credentials cannot be used, {which}: {}", chain(&e)))
+    })
 }
 
 fn azure(bare: &str, options: &Options) -> Result<object_store::azure::MicrosoftAzure> {
-    let endpoint = options.endpoint.as_deref();
-    let mut builder = MicrosoftAzureBuilder::from_env()
-        .with_url(bare)
-        .with_client_options(options.client(bare, endpoint, "AZURE_ALLOW_HTTP")?)
+    let mut builder = MicrosoftAzureBuilder::from_env().with_url(bare);
+    let endpoint = options.endpoint.clone().or_else(|| builder.get_config_value(&AzureConfigKey::Endpoint));
+    builder = builder
+        .with_client_options(options.client(bare, endpoint.as_deref(), "AZURE_ALLOW_HTTP")?)
         .with_skip_signature(options.anonymous)
         .with_retry(retry());
     if let Some(account) = &options.account {
         builder = builder.with_account(account);
     }
     if let Some(endpoint) = endpoint {
-        builder = builder.with_endpoint(endpoint.to_owned());
+        builder = builder.with_endpoint(endpoint);
     }
-    builder.build().map_err(|e| refuse(bare, e.to_string()))
+    builder.build().map_err(|e| {
+        let text = chain(&e);
+        let what = if text.contains("Account must be specified") {
+            "name the account, by the option `account` or in AZURE_STORAGE_ACCOUNT_NAME: "
+        } else if text.contains("Invalid Access Key") {
+            "AZURE_STORAGE_ACCOUNT_KEY must be base64, as the provider shows it: "
+        } else {
+            ""
+        };
+        refuse(bare, format!("{what}{text}"))
+    })
 }
 
 // ---------------------------------------------------------------------------------------------------- AWS profiles
@@ -377,12 +391,31 @@ fn section(text: &str, name: &str) -> Option<BTreeMap<String, String>> {
 
 // ------------------------------------------------------------------------------------------------ what to do about it
 
+/// What a store answered, or why nothing came, on one line: a client of a store repeats in each error all of its causes.
+#[derive(Debug)]
+pub struct Cause(object_store::Error);
+
+impl From<object_store::Error> for Cause {
+    fn from(error: object_store::Error) -> Self {
+        Self(error)
+    }
+}
+
+impl std::fmt::Display for Cause {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&chain(&self.0))
+    }
+}
+
+impl std::error::Error for Cause {}
+
 /// An error and its causes on one line, each once.
 pub(super) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
+    let line = |error: &dyn std::error::Error| error.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+    let mut text = line(error);
     let mut source = error.source();
     while let Some(cause) = source {
-        let cause_text = cause.to_string();
+        let cause_text = line(cause);
         if !text.contains(&cause_text) {
             text.push_str(": ");
             text.push_str(&cause_text);
@@ -394,7 +427,9 @@ pub(super) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
 
 /// Whether "not found" is said of the bucket.
 pub(super) fn no_bucket(error: &object_store::Error) -> bool {
-    let words = ["NoSuchBucket", "ContainerNotFound", "bucket does not exist", "container does not exist"];
+    // The last is said of an account of Azure.
+    let words =
+        ["NoSuchBucket", "ContainerNotFound", "bucket does not exist", "container does not exist", "ResourceNotFound"];
     matches!(error, object_store::Error::NotFound { .. } | object_store::Error::Generic { .. }) && {
         let text = chain(error);
         words.iter().any(|word| text.contains(word))
@@ -406,12 +441,12 @@ pub(super) fn advice(error: &object_store::Error) -> Option<&'static str> {
     use object_store::Error as E;
     if no_bucket(error) {
         return Some(
-            "there is no such bucket: correct its name (or the option `endpoint`), or make it; Tidemill makes none",
+            "there is no such bucket: correct its name (or the option `endpoint` or the account), or make it; Tidemill makes none",
         );
     }
     let text = chain(error);
     let says = |words: &[&str]| words.iter().any(|word| text.contains(word));
-    if says(&["RequestTimeTooSkewed", "request timestamp", "Request has expired"]) {
+    if says(&["RequestTimeTooSkewed", "request timestamp", "Request has expired", "date header too old"]) {
         return Some("the clock of this machine is not that of the store: set it, by NTP");
     }
     if says(&["169.254.169.254", "169.254.170.2", "metadata.google.internal", "metadata endpoint"]) {
@@ -419,7 +454,12 @@ pub(super) fn advice(error: &object_store::Error) -> Option<&'static str> {
             "no credentials were found: set those of the provider in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_KEY), or use the option `anonymous=true` for a public bucket",
         );
     }
-    if says(&["ExpiredToken", "TokenRefreshRequired", "The provided token has expired"]) {
+    if says(&[
+        "ExpiredToken",
+        "TokenRefreshRequired",
+        "The provided token has expired",
+        "not valid in the specified time frame",
+    ]) {
         return Some("the session token has expired: get another one and start anew with it");
     }
     if says(&["InvalidAccessKeyId"]) {
@@ -430,10 +470,18 @@ pub(super) fn advice(error: &object_store::Error) -> Option<&'static str> {
             "the secret does not fit the access key: correct AWS_SECRET_ACCESS_KEY or the profile (or, rarely, the option `region`)",
         );
     }
+    if says(&["Server failed to authenticate the request"]) {
+        return Some(
+            "the key or token does not fit the account: correct AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or the token",
+        );
+    }
     if says(&["AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraint"]) {
         return Some("the bucket is in another region: give it as the option `region` or in AWS_REGION");
     }
-    if matches!(error, E::PermissionDenied { .. } | E::Unauthenticated { .. }) {
+    // A list, and a deletion of many objects, only tell by their text.
+    if matches!(error, E::PermissionDenied { .. } | E::Unauthenticated { .. })
+        || says(&["status code: 401", "status code: 403", "(code: 403)"])
+    {
         return Some(
             "access is denied: these credentials need to read and list below the prefix, and to write and delete there for publishing",
         );
@@ -509,6 +557,29 @@ mod tests {
         }
         let place = open("s3://b?anonymous=true&unsafe_create=single-writer&part_mib=16", true).unwrap();
         assert_eq!((place.single_writer, place.limits.part), (true, 16 << 20));
+    }
+
+    #[test]
+    fn what_a_store_answered_is_said_once_and_on_one_line() {
+        let answer = std::io::Error::new(std::io::ErrorKind::BrokenPipe, "<Error>\n  <Code>Nope</Code>\n</Error>");
+        let cause = Cause::from(object_store::Error::Generic { store: "a", source: answer.into() });
+        assert_eq!(cause.to_string(), "Generic a error: <Error> <Code>Nope</Code> </Error>");
+        // So a connection that broke is not taken for a reader of our output who has gone.
+        assert!(std::error::Error::source(&cause).is_none());
+    }
+
+    #[test]
+    fn a_list_that_was_denied_is_told_by_its_text() {
+        for (text, expected) in [
+            ("Server returned non-2xx status code: 403 Forbidden: <Code>AccessDenied</Code>", Some("access is denied")),
+            ("Server returned non-2xx status code: 401 Unauthorized: ", Some("access is denied")),
+            ("403 Forbidden: Server failed to authenticate the request.", Some("does not fit the account")),
+            ("Server returned non-2xx status code: 503 Service Unavailable: ", None),
+        ] {
+            let advice = advice(&object_store::Error::Generic { store: "a", source: text.into() });
+            assert_eq!(advice.is_some(), expected.is_some(), "{text}");
+            assert!(advice.unwrap_or_default().contains(expected.unwrap_or_default()), "{text}: {advice:?}");
+        }
     }
 
     #[test]

@@ -23,6 +23,7 @@ pub mod towers;
 pub mod vectors;
 pub mod weights;
 
+pub use address::Cause;
 pub use delta::Delta;
 pub use load::Snapshot;
 pub use manifest::{Epoch, Facts, Golden, Manifest, ModelInfo, Version};
@@ -54,15 +55,15 @@ pub enum Error {
     #[error(
         "no space left for `{key}`; nothing published was touched: free space or lower `snapshots.keep`, it is tried again at the next mark"
     )]
-    Full { key: String, source: object_store::Error },
+    Full { key: String, source: Cause },
     #[error("`{key}` in `{url}`: {advice}")]
-    Refused { key: String, url: String, advice: &'static str, source: object_store::Error },
+    Refused { key: String, url: String, advice: &'static str, source: Cause },
     #[error(
         "`{url}` cannot be published to: {reason}. Without create-if-absent two trainers can overwrite each other's versions, and a paused one that wakes up cannot be fenced. Use a store that has it, or, if you make sure yourself that never more than one writer is there, add the option `unsafe_create=single-writer` to the address"
     )]
     NotCreateOnly { url: String, reason: String },
     #[error("the store did not answer for `{key}`; it is tried again")]
-    Unavailable { key: String, source: object_store::Error },
+    Unavailable { key: String, source: Cause },
     #[error("refusing to publish: {0}")]
     Unfit(String),
 }

@@ -533,11 +533,11 @@ impl Store {
     pub(super) fn refusal(&self, key: &str, source: object_store::Error) -> Error {
         let key = key.to_owned();
         if is_full(&source) {
-            return Error::Full { key, source };
+            return Error::Full { key, source: source.into() };
         }
         match address::advice(&source).filter(|_| self.local.is_none()) {
-            Some(advice) => Error::Refused { key, url: self.url.clone(), advice, source },
-            None => Error::Unavailable { key, source },
+            Some(advice) => Error::Refused { key, url: self.url.clone(), advice, source: source.into() },
+            None => Error::Unavailable { key, source: source.into() },
         }
     }
 
