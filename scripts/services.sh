@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Real services on loopback, for the tests and for trying Tidemill: Apache Kafka, one node in KRaft mode, and an S3 server, SeaweedFS.
+# Services on loopback, for the tests and for trying Tidemill: Apache Kafka, one node in KRaft mode; an S3 server, SeaweedFS; Azurite,
+# Microsoft's emulator of Azure Blob Storage; and for GCS, of which there is no emulator that does, SeaweedFS again, without keys.
 #
 #   scripts/services.sh up      [SERVICE...]   start, from nothing or from kept data; says so where one runs already
 #   scripts/services.sh status  [SERVICE...]   what runs, where, with which pid and log; exit code 0 if all of it answers, else 1
@@ -12,16 +13,18 @@
 #
 #   scripts/services.sh kafka TOOL [ARG...]    run one of Kafka's own tools on the broker; without TOOL, list them
 #
-# Services: kafka, s3. None named means all.
+# Services: kafka, s3, azure, gcs. None named means all.
 #
 # `up` writes addresses, users and passwords to .services/SERVICE/env, for `set -a; . .services/kafka/env; set +a`.
 # All state lives in .services of this checkout; checkouts do not see each other's. Settings, by environment variable:
 #   TIDEMILL_SERVICES     another folder for the state (downloads stay where they are): a second set of services beside the first
 #   TIDEMILL_KAFKA_PORT   first of five ports in a row for Kafka; without it, free ones between 20000 and 32000
 #   TIDEMILL_S3_PORT      first of nine ports in a row for S3, likewise
+#   TIDEMILL_AZURE_PORT   the port for Azure, likewise
+#   TIDEMILL_GCS_PORT     first of eight ports in a row for GCS, likewise
 #
 # Needs Linux. Installs a Java runtime (17 or newer), Maven, OpenSSL and Python's venv by apt-get where they are missing. The first `up` of
-# a checkout downloads some 40 MB for Kafka and some 60 MB for S3. A service that does not answer within 120 s of its start has failed: the end of its log is shown.
+# a checkout downloads some 40 MB for Kafka, some 60 MB for S3 and GCS, and for Azure some 130 MB (0.5 GB on the disk), Node.js with it. A service that does not answer within 120 s of its start has failed: the end of its log is shown.
 set -euo pipefail
 
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -42,7 +45,11 @@ patience=120
 . "$scripts/services/kafka.sh"
 # shellcheck source=scripts/services/s3.sh
 . "$scripts/services/s3.sh"
-known=(kafka s3)
+# shellcheck source=scripts/services/azure.sh
+. "$scripts/services/azure.sh"
+# shellcheck source=scripts/services/gcs.sh
+. "$scripts/services/gcs.sh"
+known=(kafka s3 azure gcs)
 
 # --- for the functions of a service
 
@@ -68,6 +75,25 @@ free_ports() { # n
     echo "$port"
     return
   done
+}
+
+# Prints the first of n ports in a row for a service: the one that TIDEMILL_SERVICE_PORT fixes, if all of them are free, or one that is free.
+ports_for() { # service, n
+  local name=TIDEMILL_${1^^}_PORT most=$((65536 - $2)) port taken
+  port=${!name:-}
+  if [ -z "$port" ]; then free_ports "$2" && return; fi
+  [[ $port =~ ^[1-9][0-9]{0,4}$ && $port -le $most ]] || { echo "$name=$port is not a port from 1 to $most" >&2; return 1; }
+  for ((taken = port; taken < port + $2; taken++)); do
+    if connects $taken; then echo "$1: port $taken is taken ($name=$port wants $port to $((port + $2 - 1)))" >&2 && return 1; fi
+  done
+  echo "$port"
+}
+
+# Makes a folder with a virtual environment of Python, `venv`, that holds one package.
+pip_venv() { # service, folder, package==version
+  mkdir -p "$2" && python3 -m venv "$2/venv" || return 1
+  "$2/venv/bin/python" -m pip install -q --disable-pip-version-check "$3" >"$2/pip.log" 2>&1 ||
+    { echo "$1: pip could not install $3:" >&2 && tail -n 25 "$2/pip.log" >&2; return 1; }
 }
 
 # Makes a certificate authority (ca.pem), and for localhost a certificate that it signed (server.key, server.crt; server.pem is both).
@@ -173,7 +199,7 @@ up() { # service
     fi
     wipe "$1"
     # Another program took a port between the look for a free one and the start.
-    if [ $try = 3 ] || ! grep -q 'Address already in use' "$home/log"; then return 1; fi
+    if [ $try = 3 ] || ! grep -qi 'address already in use' "$home/log"; then return 1; fi
     echo "a port was taken meanwhile: trying others" >&2
   done
 }

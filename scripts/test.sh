@@ -86,7 +86,7 @@ real=()
 others=()
 for file in tests/*.rs; do
   case "$file" in
-    tests/kafka* | tests/s3*) real+=("$file") ;;
+    tests/kafka* | tests/s3* | tests/azure* | tests/gcs*) real+=("$file") ;;
     *) others+=(--test "$(basename "$file" .rs)") ;;
   esac
 done

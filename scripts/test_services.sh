@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What scripts/services.sh promises, against the real thing: brokers of its own, beside any that runs already. Takes a minute or two.
+# What scripts/services.sh promises, against the real thing: services of its own, beside any that runs already. Takes a minute or two.
 set -euo pipefail
 services=$(cd "$(dirname "$0")" && pwd)/services.sh
 scratch=$(mktemp -d)
@@ -171,9 +171,9 @@ check "... leaves no process" is "$(brokers)" 0
 check "... and no data, env or pid file" is "$(cd "$home" && echo ./*)" "./log ./log.before"
 check "down of nothing is no error" says "was not up" "$services" down
 
-# S3.
-answers() { # scheme's variable, certificate's verification off: what an unsigned request for the bucket is told
-  python3 - "$1/$TIDEMILL_TEST_S3_BUCKET" <<'END'
+# S3, Azure and GCS.
+answers() { # address, certificate's verification off: what an unsigned request for it is told
+  python3 - "$1" <<'END'
 import ssl, sys, urllib.error, urllib.request
 try:
     print(urllib.request.urlopen(sys.argv[1], timeout=5, context=ssl._create_unverified_context() if "https" in sys.argv[1] else None).status)
@@ -188,11 +188,34 @@ set -a
 set +a
 check "... and up again changes nothing" says "is up already" "$services" up s3
 check "... status says where" says "$TIDEMILL_SERVICES/s3/env" "$services" status s3
-check "... which wants a signature" is "$(answers "$TIDEMILL_TEST_S3")" 403
-check "... by TLS too" is "$(answers "$TIDEMILL_TEST_S3_TLS")" 403
+check "... which wants a signature" is "$(answers "$TIDEMILL_TEST_S3/$TIDEMILL_TEST_S3_BUCKET")" 403
+check "... by TLS too" is "$(answers "$TIDEMILL_TEST_S3_TLS/$TIDEMILL_TEST_S3_BUCKET")" 403
 check "... a restart keeps the address" says "is up again" "$services" restart s3
-check "... and answers there" is "$(answers "$TIDEMILL_TEST_S3")" 403
+check "... and answers there" is "$(answers "$TIDEMILL_TEST_S3/$TIDEMILL_TEST_S3_BUCKET")" 403
 check "... and down wipes it" says "its data wiped" "$services" down s3
 check "... so that it is gone" fails "not up" "$services" status s3
+
+check "Azure and a stand-in for GCS come up together" says "gcs is up" "$services" up azure gcs
+set -a
+# shellcheck source=/dev/null
+. "$TIDEMILL_SERVICES/azure/env"
+# shellcheck source=/dev/null
+. "$TIDEMILL_SERVICES/gcs/env"
+set +a
+container="$TIDEMILL_TEST_AZURE/$TIDEMILL_TEST_AZURE_CONTAINER?restype=container&comp=list"
+bucket="$TIDEMILL_TEST_GCS/$TIDEMILL_TEST_GCS_BUCKET?list-type=2"
+check "... of which Azure wants a signature" is "$(answers "$container")" 403
+check "... and takes the token that may read" is "$(answers "$container&$TIDEMILL_TEST_AZURE_READER_TOKEN")" 200
+check "... and the other is open to all" is "$(answers "$bucket")" 200
+azure_port=${TIDEMILL_TEST_AZURE#https://127.0.0.1:} gcs_port=${TIDEMILL_TEST_GCS##*:}
+check "... each refuses a port that is taken, by name" fails "port ${azure_port%%/*} is taken" \
+  env TIDEMILL_AZURE_PORT="${azure_port%%/*}" TIDEMILL_SERVICES="$scratch/second" "$services" up azure
+check "... and so does the other" fails "port $gcs_port is taken" \
+  env TIDEMILL_GCS_PORT="$gcs_port" TIDEMILL_SERVICES="$scratch/second" "$services" up gcs
+check "... a restart keeps their addresses" says "gcs is up again" "$services" restart azure gcs
+check "... where one still wants its signature" is "$(answers "$container")" 403
+check "... and the other none" is "$(answers "$bucket")" 200
+check "... and down wipes both" says "gcs is down, its data wiped" "$services" down azure gcs
+check "... so that nothing is up" fails "azure: not up" "$services" status
 
 echo "$checks checks passed"

