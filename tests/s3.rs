@@ -1,154 +1,88 @@
 //! The promises of publishing against a real S3 server, which `scripts/services.sh up s3` starts.
 
 mod common;
+#[path = "common/node.rs"]
+mod node;
+#[path = "common/store.rs"]
+mod store;
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::TcpStream;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use common::{Job, TIDEMILL, generate};
-use serde_json::{Value, json};
-use tidemill::event::Time;
+use serde_json::Value;
+use store::{block_on, refused};
 use tidemill::snapshot::manifest::Act;
-use tidemill::snapshot::publish::Content;
-use tidemill::snapshot::{
-    Epoch, Facts, Follower, Golden, ModelInfo, Outcome, Publisher, Settings, Store, Version, Weights,
-};
+use tidemill::snapshot::{Epoch, Follower, Store, Version};
 
 fn variable(name: &str) -> String {
-    std::env::var(name).unwrap_or_else(|_| {
-        panic!(
-            "`{name}` is not set: these tests need a real S3 server. Run `scripts/services.sh up s3`, then \
-             `set -a; . .services/s3/env; set +a`; or run scripts/test.sh, which does it all"
-        )
-    })
+    store::variable("s3", name)
 }
 
 /// A prefix of its own in the bucket, with more options.
 fn address(what: &str, options: &str) -> String {
-    static NUMBER: AtomicU64 = AtomicU64::new(0);
-    let now = tidemill::clock::now().0;
-    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
     let (bucket, endpoint) = (variable("TIDEMILL_TEST_S3_BUCKET"), variable("TIDEMILL_TEST_S3"));
-    format!("s3://{bucket}/{what}-{now}-{}-{number}?endpoint={endpoint}&allow_http=true{options}", std::process::id())
-}
-
-fn block_on<T>(future: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
-}
-
-/// `rows` rows, of which each batch changes every hundredth.
-fn weights(rows: u64, batch: u64) -> Weights {
-    let id = |i: u64| (i + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    let value = |i: u64| i as f32 * 0.001 + if i % 100 == batch % 100 { batch as f32 } else { 0.0 };
-    let mut rows: Vec<(u64, f32)> = (0..rows).map(|i| (id(i), value(i))).collect();
-    rows.sort_by_key(|row| row.0);
-    let defaults = vec![rows[0].0];
-    let (ids, values) = rows.into_iter().unzip();
-    Weights::new(ids, values, batch as f32, defaults).unwrap()
-}
-
-async fn open(url: &str) -> (Store, Publisher) {
-    let settings = Settings { store: url.to_owned(), ..Settings::default() };
-    let plan = settings.check().unwrap();
-    let store = plan.open().unwrap();
-    let model = ModelInfo { kind: "logistic".to_owned(), ..ModelInfo::default() };
-    (store.clone(), Publisher::open(store, &plan, "main", model).await.unwrap())
-}
-
-async fn publish(publisher: &mut Publisher, rows: u64, batch: u64) -> Outcome {
-    let weights = weights(rows, batch);
-    let golden = [Golden::new(&[], weights.logit(&[]))];
-    let facts = Facts { batch, frontier_time: Some(Time(batch as i64)), ..Facts::default() };
-    publisher.publish(&Content::Whole(Arc::new(weights)), facts, &golden, None).await.unwrap()
+    format!("s3://{bucket}/{}?endpoint={endpoint}&allow_http=true{options}", store::prefix(what))
 }
 
 #[test]
 fn fulls_and_deltas_are_followed_as_they_were_published() {
-    let url = address("follow", "");
-    block_on(async {
-        let (store, mut publisher) = open(&url).await;
-        let mut follower = Follower::new(store.clone(), "live");
-        for batch in 1..=4 {
-            assert_eq!(publish(&mut publisher, 5000, batch).await, Outcome::Published(Version(batch)));
-            assert_eq!(follower.poll().await.unwrap(), Some(Version(batch)));
-            let snapshot = store.load(Version(batch)).await.unwrap();
-            assert_eq!(snapshot.weights, weights(5000, batch));
-            assert_eq!(snapshot.manifest.delta.is_some(), batch > 1);
-        }
-        assert!(follower.still_there().await.unwrap());
-        assert_eq!(store.versions().await.unwrap().len(), 4);
-    });
+    store::fulls_and_deltas_are_followed_as_they_were_published(&address("follow", ""));
 }
 
 #[test]
 fn a_trainer_that_was_paused_cannot_publish_once_another_has_taken_the_channel() {
-    let url = address("fence", "");
-    block_on(async {
-        let (store, mut paused) = open(&url).await;
-        assert_eq!(publish(&mut paused, 100, 1).await, Outcome::Published(Version(1)));
-        let (_, mut next) = open(&url).await;
-        assert!(matches!(publish(&mut paused, 100, 2).await, Outcome::Fenced { by } if by == next.epoch()));
-        assert_eq!(publish(&mut next, 100, 3).await, Outcome::Published(Version(2)));
-        assert!(matches!(publish(&mut paused, 100, 4).await, Outcome::Fenced { .. }));
-        assert_eq!(store.load_latest("live").await.unwrap().unwrap().weights, weights(100, 3));
-    });
+    store::a_trainer_that_was_paused_cannot_publish_once_another_has_taken_the_channel(&address("fence", ""));
 }
 
 #[test]
 fn what_is_larger_than_a_part_travels_in_parts() {
-    let url = address("parts", "&part_mib=5&parallel=2");
-    block_on(async {
-        let (store, mut publisher) = open(&url).await;
-        // 12 bytes a row: three parts and a bit.
-        assert_eq!(publish(&mut publisher, 1_400_000, 1).await, Outcome::Published(Version(1)));
-        let snapshot = store.load(Version(1)).await.unwrap();
-        assert!(snapshot.manifest.objects[0].length > 16_000_000);
-        assert!(snapshot.weights == weights(1_400_000, 1));
-        let traffic = store.traffic();
-        assert!(traffic.written > 16_000_000, "{traffic:?}");
-    });
+    store::what_is_larger_than_a_part_travels_in_parts(&address("parts", "&part_mib=5&parallel=2"));
 }
 
 #[test]
 fn create_if_absent_is_real_when_writers_race() {
-    let store = Store::create(&address("race", "")).unwrap();
-    let race = block_on(store.race(5, 8)).unwrap();
-    assert_eq!((race.rounds, race.writers), (5, 8));
+    store::create_if_absent_is_real_when_writers_race(&address("race", ""));
 }
 
-fn snapshots(url: &str, args: &[&str], environment: &[(&str, &str)]) -> Output {
-    let mut command = Command::new(TIDEMILL);
-    command.arg("snapshots").args(args).args(["--store", url]).envs(environment.iter().copied());
-    command.output().unwrap()
+#[test]
+fn a_job_publishes_to_a_bucket_a_node_follows_and_a_person_takes_it_back() {
+    let url = address("loop", "");
+    store::a_job_publishes_to_a_bucket_a_node_follows_and_a_person_takes_it_back(&url, "create-only writes work");
 }
 
-fn refused(url: &str, environment: &[(&str, &str)]) -> String {
-    let output = snapshots(url, &["list"], environment);
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(!output.status.success(), "it should have been refused: {said}");
-    said
+#[test]
+fn a_log_in_a_bucket_is_learned_to_the_bytes_of_the_same_files_and_resumed() {
+    let bucket = object_store::aws::AmazonS3Builder::from_env()
+        .with_bucket_name(variable("TIDEMILL_TEST_S3_BUCKET"))
+        .with_endpoint(variable("TIDEMILL_TEST_S3"))
+        .with_allow_http(true)
+        .build()
+        .unwrap();
+    store::a_log_in_a_bucket_is_learned_to_the_bytes_of_the_same_files_and_resumed(&address("log", ""), &bucket);
 }
 
 #[test]
 fn what_is_wrong_with_a_store_is_said_with_what_to_do() {
     let url = address("wrong", "");
-    let said = refused(&url, &[("AWS_SECRET_ACCESS_KEY", "another")]);
+    let said = refused(&url, |command| _ = command.env("AWS_SECRET_ACCESS_KEY", "another"));
     assert!(said.contains("correct AWS_SECRET_ACCESS_KEY") && said.contains(&url[..20]), "{said}");
-    let said = refused(&url, &[("AWS_ACCESS_KEY_ID", "nobody")]);
+    let said = refused(&url, |command| _ = command.env("AWS_ACCESS_KEY_ID", "nobody"));
     assert!(said.contains("AWS_ACCESS_KEY_ID"), "{said}");
     let bucket = variable("TIDEMILL_TEST_S3_BUCKET");
-    let said = refused(&url.replace(&format!("s3://{bucket}/"), "s3://no-such-bucket/"), &[]);
+    let said = refused(&url.replace(&format!("s3://{bucket}/"), "s3://no-such-bucket/"), |_| ());
     assert!(said.contains("no such bucket"), "{said}");
-    let said = refused(&url.replace(&variable("TIDEMILL_TEST_S3"), "http://127.0.0.1:9"), &[]);
+    let said = refused(&url.replace(&variable("TIDEMILL_TEST_S3"), "http://127.0.0.1:9"), |_| ());
     assert!(said.contains("nothing answers at the endpoint"), "{said}");
-    let said = refused(&url.replace("&allow_http=true", ""), &[]);
+    let said = refused(&url.replace("&allow_http=true", ""), |_| ());
     assert!(said.contains("allow_http=true"), "{said}");
+    let said = refused(&format!("{url}&anonymous=true"), |_| ());
+    assert!(said.contains("access is denied"), "{said}");
     // One that may only read.
     let (key, secret) = (variable("TIDEMILL_TEST_S3_READER_KEY"), variable("TIDEMILL_TEST_S3_READER_SECRET"));
     let input = generate(&["-n", "500"]);
@@ -163,7 +97,7 @@ fn what_is_wrong_with_a_store_is_said_with_what_to_do() {
 fn tls_needs_the_authority_that_signed_the_certificate() {
     let (tls, ca) = (variable("TIDEMILL_TEST_S3_TLS"), variable("TIDEMILL_TEST_S3_CA"));
     let url = address("tls", "").replace(&variable("TIDEMILL_TEST_S3"), &tls).replace("&allow_http=true", "");
-    let said = refused(&url, &[]);
+    let said = refused(&url, |_| ());
     assert!(said.contains("`ca_file`"), "{said}");
     let store = Store::create(&format!("{url}&ca_file={ca}")).unwrap();
     block_on(async {
@@ -316,72 +250,6 @@ fn of_two_processes_the_one_that_was_paused_wakes_up_and_publishes_nothing() {
     }
 }
 
-/// Asks a node until the answer is as wished.
-fn get_until(address: &str, path: &str, wished: impl Fn(&Value) -> bool) -> Value {
-    let began = Instant::now();
-    loop {
-        let mut stream = TcpStream::connect(address).unwrap();
-        write!(stream, "GET {path} HTTP/1.1\r\nhost: t\r\nconnection: close\r\n\r\n").unwrap();
-        let mut text = String::new();
-        stream.read_to_string(&mut text).unwrap();
-        let body = text.split_once("\r\n\r\n").map_or("", |(_, body)| body);
-        let answer: Value = serde_json::from_str(body).unwrap_or(Value::Null);
-        if wished(&answer) {
-            return answer;
-        }
-        assert!(began.elapsed() < Duration::from_secs(60), "{path} says {text}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
-
-#[test]
-fn a_job_publishes_to_a_bucket_a_node_follows_and_a_person_takes_it_back() {
-    let url = address("loop", "");
-    let input = generate(&["-n", "8000"]);
-    let job = Job::over(&input.path().join("in"));
-    let store = format!("snapshots.store={url:?}");
-    let check =
-        Command::new(TIDEMILL).arg("check").arg("-c").arg(job.path("job.toml")).args(["--set", &store]).output();
-    let check = check.unwrap();
-    let said = String::from_utf8_lossy(&check.stdout).into_owned() + &String::from_utf8_lossy(&check.stderr);
-    assert!(check.status.success() && said.contains("create-only writes work"), "{said}");
-
-    let trained = job.train(&["--until-end", "--set", &store, "--set", "snapshots.keep=100"]);
-    let newest = trained["snapshot_version"].as_u64().unwrap();
-    let mut serve = Command::new(TIDEMILL);
-    serve.args(["serve", "-c"]).arg(concat!(env!("CARGO_MANIFEST_DIR"), "/configs/serve.toml"));
-    for set in [format!("store={url:?}"), "http.listen=\"127.0.0.1:0\"".into(), "poll=\"50ms\"".into()] {
-        serve.arg("--set").arg(set);
-    }
-    let mut child = serve.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
-    let mut line = String::new();
-    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-    let node = line.trim().strip_prefix("listening on http://").unwrap_or_else(|| panic!("it said {line}")).to_owned();
-    get_until(&node, "/readyz", |ready| ready["version"] == newest);
-
-    let said = |args: &[&str]| {
-        let output = snapshots(&url, args, &[]);
-        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8_lossy(&output.stdout).into_owned()
-    };
-    let list: Value = serde_json::from_str(&said(&["list", "--json"])).unwrap();
-    let first = list[0]["version"].as_u64().unwrap();
-    assert!(first < newest, "{list}");
-    said(&["rollback", &first.to_string()]);
-    get_until(&node, "/readyz", |ready| ready["version"] == first);
-    said(&["unpin"]);
-    said(&["promote", &newest.to_string()]);
-    get_until(&node, "/readyz", |ready| ready["version"] == newest);
-    assert!(said(&["verify"]).contains("channel live: ok"));
-    child.kill().unwrap();
-    child.wait().unwrap();
-
-    // Retention deletes in the bucket too, and spares the chain of what is named.
-    let gone: Value = serde_json::from_str(&said(&["gc", "--keep", "1", "--grace", "0s", "--json"])).unwrap();
-    assert_eq!(gone["dry_run"], json!(false));
-    said(&["verify"]);
-}
-
 #[test]
 fn the_demo_over_a_bucket_keeps_its_promises() {
     let url = address("demo", "");
@@ -398,40 +266,4 @@ fn the_demo_over_a_bucket_keeps_its_promises() {
     let output = demo("10").unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && said.contains("already; give a prefix"), "{said}");
-}
-
-#[test]
-fn a_log_in_a_bucket_is_learned_to_the_bytes_of_the_same_files_and_resumed() {
-    let input = generate(&["-n", "9000", "--partitions", "2", "--disorder", "2s", "--late", "0.003", "--zst"]);
-    let dir = input.path().join("in");
-    let files = Job::over(&dir).train(&["--until-end"]);
-    let url = address("log", "");
-    let (place, options) = url.split_once('?').unwrap();
-    let prefix = place.rsplit_once('/').unwrap().1;
-    let bucket = object_store::aws::AmazonS3Builder::from_env()
-        .with_bucket_name(variable("TIDEMILL_TEST_S3_BUCKET"))
-        .with_endpoint(variable("TIDEMILL_TEST_S3"))
-        .with_allow_http(true)
-        .build()
-        .unwrap();
-    for entry in std::fs::read_dir(&dir).unwrap() {
-        let path = entry.unwrap().path();
-        let key = object_store::path::Path::from(format!("{prefix}/{}", path.file_name().unwrap().to_str().unwrap()));
-        let bytes = std::fs::read(&path).unwrap();
-        block_on(object_store::ObjectStoreExt::put(&bucket, &key, bytes.into())).unwrap();
-    }
-    let new = || {
-        let job = Job::over(&dir);
-        for stream in ["impressions", "clicks"] {
-            job.edit(&format!("{}/{stream}-*", dir.display()), &format!("{place}/{stream}-*?{options}"));
-        }
-        job
-    };
-    let whole = new().train(&["--until-end"]);
-    assert_eq!(files["model_digest"], whole["model_digest"]);
-    assert_eq!(files["order_digest"], whole["order_digest"]);
-    let job = new();
-    job.train(&["--until", "2026-01-01T00:01:12.5Z"]);
-    let resumed = job.train(&["--until-end"]);
-    assert_eq!((&resumed["resumed"], &resumed["order_digest"]), (&true.into(), &whole["order_digest"]));
 }
