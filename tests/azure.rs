@@ -32,6 +32,23 @@ fn as_reader(command: &mut Command) {
     command.env("AZURE_STORAGE_SAS_TOKEN", variable("TIDEMILL_TEST_AZURE_READER_TOKEN"));
 }
 
+/// The container, by its provider's own client.
+fn bucket() -> object_store::azure::MicrosoftAzure {
+    let ca = std::fs::read(variable("TIDEMILL_TEST_AZURE_CA")).unwrap();
+    let ca = object_store::Certificate::from_pem(&ca).unwrap();
+    object_store::azure::MicrosoftAzureBuilder::from_env()
+        .with_container_name(variable("TIDEMILL_TEST_AZURE_CONTAINER"))
+        .with_endpoint(variable("TIDEMILL_TEST_AZURE"))
+        .with_client_options(object_store::ClientOptions::new().with_root_certificate(ca))
+        .build()
+        .unwrap()
+}
+
+#[test]
+fn a_list_of_more_than_a_page_is_whole() {
+    store::a_list_of_more_than_a_page_is_whole(&address("page", ""), &bucket(), 5000);
+}
+
 #[test]
 fn fulls_and_deltas_are_followed_as_they_were_published() {
     store::fulls_and_deltas_are_followed_as_they_were_published(&address("follow", ""));
@@ -60,15 +77,7 @@ fn a_job_publishes_to_a_container_a_node_follows_and_a_person_takes_it_back() {
 
 #[test]
 fn a_log_in_a_container_is_learned_to_the_bytes_of_the_same_files_and_resumed() {
-    let ca = std::fs::read(variable("TIDEMILL_TEST_AZURE_CA")).unwrap();
-    let ca = object_store::Certificate::from_pem(&ca).unwrap();
-    let bucket = object_store::azure::MicrosoftAzureBuilder::from_env()
-        .with_container_name(variable("TIDEMILL_TEST_AZURE_CONTAINER"))
-        .with_endpoint(variable("TIDEMILL_TEST_AZURE"))
-        .with_client_options(object_store::ClientOptions::new().with_root_certificate(ca))
-        .build()
-        .unwrap();
-    store::a_log_in_a_bucket_is_learned_to_the_bytes_of_the_same_files_and_resumed(&address("log", ""), &bucket);
+    store::a_log_in_a_bucket_is_learned_to_the_bytes_of_the_same_files_and_resumed(&address("log", ""), &bucket());
 }
 
 #[test]
@@ -141,7 +150,9 @@ fn the_address_that_other_tools_use_leads_to_the_same_container() {
     let container = variable("TIDEMILL_TEST_AZURE_CONTAINER");
     let other =
         url.replace(&format!("az://{container}/"), &format!("abfss://{container}@{account}.dfs.core.windows.net/"));
-    assert_ne!(url, other);
+    // A slash behind the endpoint does not matter.
+    let endpoint = variable("TIDEMILL_TEST_AZURE");
+    let other = other.replace(&endpoint, &format!("{endpoint}/"));
     store::fulls_and_deltas_are_followed_as_they_were_published(&url);
     let versions = block_on(Store::open(&other).unwrap().versions()).unwrap();
     assert_eq!(versions.into_keys().collect::<Vec<_>>(), (1..=4).map(Version).collect::<Vec<_>>());

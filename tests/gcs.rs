@@ -27,6 +27,21 @@ fn unsafe_address(what: &str, options: &str) -> String {
     address(what, &format!("&unsafe_create=single-writer{options}"))
 }
 
+/// The bucket, by its provider's own client.
+fn bucket() -> object_store::gcp::GoogleCloudStorage {
+    object_store::gcp::GoogleCloudStorageBuilder::from_env()
+        .with_bucket_name(variable("TIDEMILL_TEST_GCS_BUCKET"))
+        .with_base_url(&variable("TIDEMILL_TEST_GCS"))
+        .with_client_options(object_store::ClientOptions::new().with_allow_http(true))
+        .build()
+        .unwrap()
+}
+
+#[test]
+fn a_list_of_more_than_a_page_is_whole() {
+    store::a_list_of_more_than_a_page_is_whole(&address("page", ""), &bucket(), 1000);
+}
+
 #[test]
 fn a_store_that_creates_what_is_there_already_is_found_and_refused() {
     let url = address("refused", "");
@@ -73,13 +88,7 @@ fn a_job_publishes_to_a_bucket_a_node_follows_and_a_person_takes_it_back() {
 
 #[test]
 fn a_log_in_a_bucket_is_learned_to_the_bytes_of_the_same_files_and_resumed() {
-    let bucket = object_store::gcp::GoogleCloudStorageBuilder::from_env()
-        .with_bucket_name(variable("TIDEMILL_TEST_GCS_BUCKET"))
-        .with_base_url(&variable("TIDEMILL_TEST_GCS"))
-        .with_client_options(object_store::ClientOptions::new().with_allow_http(true))
-        .build()
-        .unwrap();
-    store::a_log_in_a_bucket_is_learned_to_the_bytes_of_the_same_files_and_resumed(&address("log", ""), &bucket);
+    store::a_log_in_a_bucket_is_learned_to_the_bytes_of_the_same_files_and_resumed(&address("log", ""), &bucket());
 }
 
 #[test]

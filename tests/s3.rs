@@ -30,6 +30,21 @@ fn address(what: &str, options: &str) -> String {
     format!("s3://{bucket}/{}?endpoint={endpoint}&allow_http=true{options}", store::prefix(what))
 }
 
+/// The bucket, by its provider's own client.
+fn bucket() -> object_store::aws::AmazonS3 {
+    object_store::aws::AmazonS3Builder::from_env()
+        .with_bucket_name(variable("TIDEMILL_TEST_S3_BUCKET"))
+        .with_endpoint(variable("TIDEMILL_TEST_S3"))
+        .with_allow_http(true)
+        .build()
+        .unwrap()
+}
+
+#[test]
+fn a_list_of_more_than_a_page_is_whole() {
+    store::a_list_of_more_than_a_page_is_whole(&address("page", ""), &bucket(), 1000);
+}
+
 #[test]
 fn fulls_and_deltas_are_followed_as_they_were_published() {
     store::fulls_and_deltas_are_followed_as_they_were_published(&address("follow", ""));
@@ -58,13 +73,7 @@ fn a_job_publishes_to_a_bucket_a_node_follows_and_a_person_takes_it_back() {
 
 #[test]
 fn a_log_in_a_bucket_is_learned_to_the_bytes_of_the_same_files_and_resumed() {
-    let bucket = object_store::aws::AmazonS3Builder::from_env()
-        .with_bucket_name(variable("TIDEMILL_TEST_S3_BUCKET"))
-        .with_endpoint(variable("TIDEMILL_TEST_S3"))
-        .with_allow_http(true)
-        .build()
-        .unwrap();
-    store::a_log_in_a_bucket_is_learned_to_the_bytes_of_the_same_files_and_resumed(&address("log", ""), &bucket);
+    store::a_log_in_a_bucket_is_learned_to_the_bytes_of_the_same_files_and_resumed(&address("log", ""), &bucket());
 }
 
 #[test]

@@ -151,7 +151,7 @@ impl Options {
                     if !value.starts_with("http://") && !value.starts_with("https://") {
                         return Err(expected("`https://host:port`"));
                     }
-                    options.endpoint = Some(value);
+                    options.endpoint = Some(value.trim_end_matches('/').to_owned());
                 }
                 "region" => options.region = Some(value),
                 "path_style" => options.path_style = Some(flag()?),
@@ -287,7 +287,7 @@ fn gcs(bare: &str, bucket: &str, options: &Options) -> Result<object_store::gcp:
         .with_skip_signature(options.anonymous)
         .with_retry(retry());
     if let Some(endpoint) = &endpoint {
-        builder = builder.with_base_url(endpoint.trim_end_matches('/'));
+        builder = builder.with_base_url(endpoint);
     }
     // It knows the bucket: what is left to be wrong is a file with credentials.
     builder.build().map_err(|e| {

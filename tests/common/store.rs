@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use futures::StreamExt as _;
 use serde_json::{Value, json};
 use tidemill::event::Time;
 use tidemill::serve::{Node, Scorer};
@@ -206,6 +207,19 @@ pub fn a_job_publishes_to_a_bucket_a_node_follows_and_a_person_takes_it_back(url
         assert!(began.elapsed() < Duration::from_secs(30), "{:?}", node.status().reasons());
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// The store lists `page` objects at a time. `bucket` is the place of the address, without its prefix.
+pub fn a_list_of_more_than_a_page_is_whole(url: &str, bucket: &impl object_store::ObjectStoreExt, page: usize) {
+    let prefix = url.split_once('?').unwrap().0.rsplit_once('/').unwrap().1;
+    let names: Vec<String> = (0..=page).map(|i| format!("{i:05}")).collect();
+    let put = |name| async move {
+        let key = object_store::path::Path::from(format!("{prefix}/{name}"));
+        bucket.put(&key, "x".into()).await.unwrap();
+    };
+    block_on(futures::stream::iter(&names).for_each_concurrent(16, put));
+    let parts = block_on(Store::open(url).unwrap().parts()).unwrap();
+    assert_eq!(parts.into_iter().map(|part| part.key).collect::<Vec<_>>(), names);
 }
 
 /// `bucket` is the place of the address, without its prefix.
