@@ -1,4 +1,4 @@
-//! Objects of a store as input: the same bytes as files, in runs that end. Through `file://` addresses here; `tests/s3.rs` has a bucket.
+//! Objects of a store as input: the same bytes as files, in runs that end. Through `file://` addresses here; `tests/s3.rs` and its like have buckets.
 
 mod common;
 #[path = "common/columns.rs"]
