@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Services on loopback, for the tests and for trying Tidemill: Apache Kafka, one node in KRaft mode; an S3 server, SeaweedFS; Azurite,
-# Microsoft's emulator of Azure Blob Storage; and for GCS, of which there is no emulator that does, SeaweedFS again, without keys.
+# Microsoft's emulator of Azure Blob Storage; and for GCS, of which there is no emulator that does, SeaweedFS again, behind a header rewritten.
 #
 #   scripts/services.sh up      [SERVICE...]   start, from nothing or from kept data; says so where one runs already
 #   scripts/services.sh status  [SERVICE...]   what runs, where, with which pid and log; exit code 0 if all of it answers, else 1
@@ -21,7 +21,7 @@
 #   TIDEMILL_KAFKA_PORT   first of five ports in a row for Kafka; without it, free ones between 20000 and 32000
 #   TIDEMILL_S3_PORT      first of nine ports in a row for S3, likewise
 #   TIDEMILL_AZURE_PORT   the port for Azure, likewise
-#   TIDEMILL_GCS_PORT     first of eight ports in a row for GCS, likewise
+#   TIDEMILL_GCS_PORT     first of nine ports in a row for GCS, likewise
 #
 # Needs Linux. Installs a Java runtime (17 or newer), Maven, OpenSSL and Python's venv by apt-get where they are missing. The first `up` of
 # a checkout downloads some 40 MB for Kafka, some 60 MB for S3 and GCS, and for Azure some 130 MB (0.5 GB on the

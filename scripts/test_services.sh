@@ -207,6 +207,22 @@ bucket="$TIDEMILL_TEST_GCS/$TIDEMILL_TEST_GCS_BUCKET?list-type=2"
 check "... of which Azure wants a signature" is "$(answers "$container")" 403
 check "... and takes the token that may read" is "$(answers "$container&$TIDEMILL_TEST_AZURE_READER_TOKEN")" 200
 check "... and the other is open to all" is "$(answers "$bucket")" 200
+puts() { # url, header, its value: what a PUT of one byte is told
+  python3 - "$@" <<'END'
+import sys, urllib.error, urllib.request
+url, header, value = sys.argv[1:]
+try:
+    print(urllib.request.urlopen(urllib.request.Request(url, b"x", {header: value}, method="PUT"), timeout=5).status)
+except urllib.error.HTTPError as e:
+    print(e.code)
+END
+}
+object="$TIDEMILL_TEST_GCS/$TIDEMILL_TEST_GCS_BUCKET/once"
+check "... and creates what is absent" is "$(puts "$object" x-goog-if-generation-match 0)" 200
+check "... once" is "$(puts "$object" x-goog-if-generation-match 0)" 412
+check "... and writes over what is there where that is not asked" is "$(puts "$object" x-other 0)" 200
+behind="$TIDEMILL_TEST_GCS_UNSAFE/$TIDEMILL_TEST_GCS_BUCKET/once"
+check "... and behind it nothing is heard of it" is "$(puts "$behind" x-goog-if-generation-match 0)" 200
 azure_port=${TIDEMILL_TEST_AZURE#https://127.0.0.1:} gcs_port=${TIDEMILL_TEST_GCS##*:}
 check "... each refuses a port that is taken, by name" fails "port ${azure_port%%/*} is taken" \
   env TIDEMILL_AZURE_PORT="${azure_port%%/*}" TIDEMILL_SERVICES="$scratch/second" "$services" up azure
@@ -215,6 +231,7 @@ check "... and so does the other" fails "port $gcs_port is taken" \
 check "... a restart keeps their addresses" says "gcs is up again" "$services" restart azure gcs
 check "... where one still wants its signature" is "$(answers "$container")" 403
 check "... and the other none" is "$(answers "$bucket")" 200
+check "... and creates once, still" is "$(puts "$object" x-goog-if-generation-match 0)" 412
 check "... and down wipes both" says "gcs is down, its data wiped" "$services" down azure gcs
 check "... so that nothing is up" fails "azure: not up" "$services" status
 

@@ -1,6 +1,6 @@
 //! The promises of publishing by the protocol of Google Cloud Storage, against what `scripts/services.sh up gcs` starts: a real
-//! server, SeaweedFS, that shares its requests with the XML API of GCS but has no create-if-absent and asks for no token. So
-//! this is also what users of such a store see.
+//! server, SeaweedFS, that shares its requests with the XML API of GCS, behind one that turns GCS's create-if-absent into the server's
+//! own; and the same without that, which is what users of a store without create-if-absent see.
 
 mod common;
 #[path = "common/node.rs"]
@@ -16,15 +16,19 @@ fn variable(name: &str) -> String {
     store::variable("gcs", name)
 }
 
-/// A prefix of its own in the bucket, with more options.
-fn address(what: &str, options: &str) -> String {
-    let (bucket, endpoint) = (variable("TIDEMILL_TEST_GCS_BUCKET"), variable("TIDEMILL_TEST_GCS"));
+fn address_at(endpoint: &str, what: &str, options: &str) -> String {
+    let (bucket, endpoint) = (variable("TIDEMILL_TEST_GCS_BUCKET"), variable(endpoint));
     format!("gs://{bucket}/{}?endpoint={endpoint}&allow_http=true{options}", store::prefix(what))
 }
 
-/// As [`address`], for a store without create-if-absent.
+/// A prefix of its own in the bucket, with more options.
+fn address(what: &str, options: &str) -> String {
+    address_at("TIDEMILL_TEST_GCS", what, options)
+}
+
+/// As [`address`], in a store without create-if-absent.
 fn unsafe_address(what: &str, options: &str) -> String {
-    address(what, &format!("&unsafe_create=single-writer{options}"))
+    address_at("TIDEMILL_TEST_GCS_UNSAFE", what, options)
 }
 
 /// The bucket, by its provider's own client.
@@ -44,7 +48,7 @@ fn a_list_of_more_than_a_page_is_whole() {
 
 #[test]
 fn a_store_that_creates_what_is_there_already_is_found_and_refused() {
-    let url = address("refused", "");
+    let url = unsafe_address("refused", "");
     let error = block_on(Store::create(&url).unwrap().race(1, 4)).unwrap_err();
     assert!(matches!(error, Error::NotCreateOnly { .. }), "{error}");
     assert!(error.to_string().contains("of 5 writers that created one object, 5 were told that they did"), "{error}");
@@ -67,22 +71,33 @@ fn a_store_that_creates_what_is_there_already_is_found_and_refused() {
 
 #[test]
 fn fulls_and_deltas_are_followed_as_they_were_published() {
-    store::fulls_and_deltas_are_followed_as_they_were_published(&unsafe_address("follow", ""));
+    store::fulls_and_deltas_are_followed_as_they_were_published(&address("follow", ""));
 }
 
 #[test]
-fn a_trainer_that_was_paused_between_its_writes_cannot_publish_once_another_has_taken_the_channel() {
-    store::a_trainer_that_was_paused_cannot_publish_once_another_has_taken_the_channel(&unsafe_address("fence", ""));
+fn a_trainer_that_was_paused_cannot_publish_once_another_has_taken_the_channel() {
+    store::a_trainer_that_was_paused_cannot_publish_once_another_has_taken_the_channel(&address("fence", ""));
 }
 
 #[test]
 fn what_is_larger_than_a_part_travels_in_parts() {
-    store::what_is_larger_than_a_part_travels_in_parts(&unsafe_address("parts", "&part_mib=5&parallel=2"));
+    store::what_is_larger_than_a_part_travels_in_parts(&address("parts", "&part_mib=5&parallel=2"));
+}
+
+#[test]
+fn create_if_absent_is_real_when_writers_race() {
+    store::create_if_absent_is_real_when_writers_race(&address("race", ""));
 }
 
 #[test]
 fn a_job_publishes_to_a_bucket_a_node_follows_and_a_person_takes_it_back() {
-    let url = unsafe_address("loop", "");
+    let url = address("loop", "");
+    store::a_job_publishes_to_a_bucket_a_node_follows_and_a_person_takes_it_back(&url, "create-only writes work");
+}
+
+#[test]
+fn a_store_without_create_if_absent_does_all_of_it_for_a_single_writer_that_asks_for_it() {
+    let url = unsafe_address("loop", "&unsafe_create=single-writer");
     store::a_job_publishes_to_a_bucket_a_node_follows_and_a_person_takes_it_back(&url, "UNSAFE, single-writer");
 }
 

@@ -62,7 +62,7 @@ s3_launch() {
     -s3.cert.file="$data/tls/server.crt" -s3.key.file="$data/tls/server.key"
 }
 
-# Spawns SeaweedFS as a service, on its home.
+# Spawns SeaweedFS as a service, on its home. `beside`, where it is set, is a command that ends by becoming the one behind it.
 seaweed() { # service, port, first of seven ports for its parts, option...
   local service=$1 port=$2 p=$3 data=$state/$1/data
   shift 3
@@ -70,7 +70,7 @@ seaweed() { # service, port, first of seven ports for its parts, option...
   # Where no file gives it access keys it takes those of the environment, and only without any it is open to all.
   local weed=(env -u AWS_ACCESS_KEY_ID -u AWS_SECRET_ACCESS_KEY "$s3_weed")
   # Few and small volumes: by default each takes 30 GB and there are as many as the disk holds.
-  spawn "$service" "${weed[@]}" -logtostderr=true server -dir="$data/files" -ip=127.0.0.1 -ip.bind=127.0.0.1 -volume.max=20 \
+  spawn "$service" ${beside[@]+"${beside[@]}"} "${weed[@]}" -logtostderr=true server -dir="$data/files" -ip=127.0.0.1 -ip.bind=127.0.0.1 -volume.max=20 \
     -master.volumeSizeLimitMB=256 -filer -s3 "${off[@]}" -s3.port="$port" -s3.port.grpc="$p" -filer.port=$((p + 1)) -filer.port.grpc=$((p + 2)) \
     -master.port=$((p + 3)) -master.port.grpc=$((p + 4)) -volume.port=$((p + 5)) -volume.port.grpc=$((p + 6)) "$@"
 }
