@@ -28,7 +28,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 import xxhash
-from tidemill_encoding import Mismatch, Schema, canonical_text, lookup, parse_path
+from tidemill_encoding import ENCODING, Mismatch, Schema, canonical_text, lookup, parse_path
 
 TOLERANCE = 1e-5
 PAYLOAD = {
@@ -305,7 +305,7 @@ class Snapshot:
         fits = schema_hash in (None, model["schema_hash"])
         require(fits, key, f"has schema {model['schema_hash']}, records are encoded by {schema_hash}")
         encoding = model["schema"]["encoding"]
-        require(encoding == 1, key, f"has encoding {encoding}, this reader knows 1")
+        require(encoding == ENCODING, key, f"has encoding {encoding}, this reader knows {ENCODING}")
         self.schema = Schema(model["schema"])
 
         payload, arrays = read_arrays(store, chain)

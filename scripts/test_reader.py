@@ -465,7 +465,7 @@ class Reader(unittest.TestCase):
             (lambda m: m["golden"][1]["slots"][0].update(feature=1000), "not in the schema"),
             (model(kind="fm"), "`fm` model"),
             (model(kind="two_tower"), "has no `embedding.ids`"),
-            (lambda m: m["model"]["schema"].update(encoding=2), "encoding 2"),
+            (lambda m: m["model"]["schema"].update(encoding=1), "encoding 1"),
             (lambda m: m["model"]["schema"]["features"][0].update(name="other"), "default rows"),
         ]
         entries = [
