@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::handover::{self, Answer, Offer};
 use super::job::{self, Journal, Options, Until};
 use super::train::{self, Progress, Summary};
-use super::warm::WarmStart;
+use super::warm::{Brought, WarmStart};
 use crate::clock;
 use crate::config::{self, Checked, CheckpointSettings, Config, DeadLetterSettings};
 use crate::event::Time;
@@ -129,6 +129,8 @@ pub struct Report {
     /// Where the candidate's checkpoint is, in event time.
     pub frontier: Option<Time>,
     pub version: Option<u64>,
+    /// What the first pass began with, if not with nothing.
+    pub warm_start: Option<Brought>,
     pub comparison: Option<Comparison>,
     pub candidate: Summary,
     /// Over everything that was learned in this run.
@@ -147,6 +149,7 @@ impl Report {
             from: plan.from,
             frontier: candidate.frontier,
             version: candidate.snapshot_version,
+            warm_start: None,
             comparison: None,
             impressions_this_run,
             seconds: learned.as_secs_f64(),
@@ -190,9 +193,17 @@ pub fn run(
     fs::create_dir_all(dir).map_err(|source| Error::Io { path: dir.clone(), action: "make the directory", source })?;
     let plan = plan(config, live, request)?;
     let (mut impressions, mut first) = (0, None);
+    // A run that was interrupted behind its first pass has left it.
+    let kept = dir.join("warm-start.json");
+    let mut brought = read::<Brought>(&kept)?;
     let mut count = |summary: &Summary| {
         impressions += summary.impressions_this_run;
         first.get_or_insert(summary.first_frontier);
+        if let (None, Some(warm), true) = (&brought, &summary.warm_start, request.warm.is_some()) {
+            brought = Some(warm.clone());
+            write(&kept, warm)?;
+        }
+        Ok::<_, Error>(())
     };
 
     // Earlier passes end where the comparison begins, or its examples would be known to the candidate.
@@ -207,7 +218,7 @@ pub fn run(
             Options { warm: warm.take(), journal: request.journal.clone().map(Journal::Manifest), ..once(until) };
         let summary = train::run(&checked, &options, stop, progress);
         let summary = summary.map_err(|source| Error::Job { stage: "an earlier pass of the candidate", source })?;
-        count(&summary);
+        count(&summary)?;
         if stop.load(Ordering::Relaxed) {
             // Nothing may begin as what a pass had learned by then.
             return Ok(Report::of(&plan, checked.lineage(), summary, impressions, began.elapsed()));
@@ -231,7 +242,7 @@ pub fn run(
         let pass = Instant::now();
         let ran = train::run(&checked, &options, stop, progress);
         summary = ran.map_err(|source| Error::Job { stage: "the candidate", source })?;
-        count(&summary);
+        count(&summary)?;
         follows += 1;
         let far = plan.until.is_some() || pass.elapsed() < CAUGHT_UP || follows > FOLLOWS;
         if stop.load(Ordering::Relaxed) || far || summary.impressions_this_run == 0 {
@@ -242,6 +253,7 @@ pub fn run(
     let learned = began.elapsed();
     let hours = summary.frontier.zip(first.flatten()).map(|(last, first)| (last.0 - first.0) as f64 / 3.6e6);
     let mut report = Report::of(&plan, lineage, summary, impressions, learned);
+    report.warm_start = brought;
     report.hours_per_minute = hours.map(|hours| hours * 60.0 / learned.as_secs_f64());
     if stop.load(Ordering::Relaxed) {
         return Ok(report);
@@ -255,7 +267,7 @@ pub fn run(
         let stretch = Stretch { through: Some(through), ..plan.stretch.clone() };
         let checked = shadow(live, &dir.join("live"))?;
         // The stretch of the copy changes as the candidate gets further: it begins again from the start.
-        if through_of(&dir.join("through.json"))? != Some(through) {
+        if read::<At>(&dir.join("through.json"))? != Some(through) {
             lay_anew(&dir.join("live-pinned"), &dir.join("live"))?;
             write(&dir.join("through.json"), &through)?;
         }
@@ -369,7 +381,8 @@ fn write(path: &Path, value: &impl Serialize) -> Result<(), Error> {
     super::put_json(path, value).map_err(|source| Error::Io { path: path.to_owned(), action: "write", source })
 }
 
-fn through_of(path: &Path) -> Result<Option<At>, Error> {
+/// What [`write`] wrote; none if it is not there, or not that.
+fn read<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<Option<T>, Error> {
     match fs::read(path) {
         Ok(text) => Ok(serde_json::from_slice(&text).ok()),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+use super::warm::Brought;
 use crate::config::Checked;
 use crate::event::Time;
 use crate::join::{Counts, DelayCurve};
@@ -20,6 +21,9 @@ pub struct Summary {
     pub ended_by: &'static str,
     /// Whether this run went on from a checkpoint.
     pub resumed: bool,
+    /// What it began with, if not with nothing or a checkpoint of its own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub warm_start: Option<Brought>,
     /// Place of the last impression released.
     pub frontier: Option<Time>,
     pub counts: Counts,
@@ -69,6 +73,7 @@ pub struct Summary {
 pub struct Run {
     pub ended: bool,
     pub resumed: bool,
+    pub warm_start: Option<Brought>,
     pub seconds: f64,
     pub first_example: u64,
     pub first_impression: u64,
@@ -98,6 +103,7 @@ pub fn summary(checked: &Checked, core: &Core, image: &Image, digests: Digests, 
         job: checked.config.job.name.clone(),
         ended_by: if run.ended { "end" } else { "stopped" },
         resumed: run.resumed,
+        warm_start: run.warm_start.clone(),
         frontier: image.place.frontier.map(|key| key.time),
         counts: image.counts,
         clicks_waiting: waiting,

@@ -94,7 +94,7 @@ fn run_lineage(
         }
         None => None,
     };
-    let mut from = None;
+    let (mut from, mut warm_start) = (None, None);
     let (restored, model, measured, predictions_at, branch, words) = match loaded {
         Some(loaded) => {
             let dir = settings.map(|settings| settings.dir.clone()).unwrap_or_default();
@@ -115,7 +115,11 @@ fn run_lineage(
         }
         None => {
             let model = match &options.warm {
-                Some(warm) => checked.model.resume(warm.load(checked)?)?,
+                Some(warm) => {
+                    let (state, brought) = warm.load(checked)?;
+                    warm_start = Some(brought);
+                    checked.model.resume(state)?
+                }
                 None => checked.model.start()?,
             };
             (None, model, Progressive::new(&checked.config.metrics)?, None, checked.branch.clone(), None)
@@ -309,7 +313,17 @@ fn run_lineage(
     }
     let image = core.image();
     let digests = image::digests(&Ordered::of(&image), &image.model.sorted(), checked.join.window);
-    let run = Run { ended, resumed, seconds, first_example, first_impression, first_frontier, peak_pending, version };
+    let run = Run {
+        ended,
+        resumed,
+        warm_start,
+        seconds,
+        first_example,
+        first_impression,
+        first_frontier,
+        peak_pending,
+        version,
+    };
     tracing::debug!(seconds = started.elapsed().as_secs_f64(), "done");
     Ok((summary(checked, &core, &image, digests, dead.count, &run), next.map(Box::new)))
 }

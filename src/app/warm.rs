@@ -9,6 +9,8 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use crate::config::Checked;
 use crate::feature::schema::Schema;
 use crate::model::logistic::{FeatureCounts, Intercept, State as LogisticState, Weights};
@@ -49,6 +51,23 @@ impl fmt::Display for WarmStart {
     }
 }
 
+/// What a warm start came to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Brought {
+    /// What it is from, in words.
+    pub from: String,
+    /// Rows of the logistic table, and vectors.
+    pub rows: usize,
+    pub vectors: usize,
+    /// Features that the other lineage does not have.
+    pub start_cold: Vec<String>,
+    /// Features that it has and this one does not, and what was dropped of them.
+    pub gone: Vec<String>,
+    pub dropped_rows: usize,
+    pub dropped_vectors: usize,
+}
+
 /// What another lineage has learned.
 struct Learned {
     logistic: LogisticState,
@@ -75,8 +94,8 @@ impl WarmStart {
         }
     }
 
-    /// The state that a model begins with; says in the log what it brings and what starts cold.
-    pub fn load(&self, checked: &Checked) -> Result<State, Error> {
+    /// The state that a model begins with, and what that brings and what starts cold, which is in the log, too.
+    pub fn load(&self, checked: &Checked) -> Result<(State, Brought), Error> {
         let learned = match self {
             Self::Checkpoint(dir) => self.of_checkpoint(dir, checked)?,
             Self::Snapshot { store, version } => self.of_snapshot(store, *version, checked)?,
@@ -116,9 +135,18 @@ impl WarmStart {
             rows.touched.fill(0);
             two_tower::State { rows, params, dense, ..two_tower::State::default() }
         });
-        let [rows, vectors] = dropped;
-        tracing::info!(from = %self, rows = logistic.rows.ids.len(), start_cold = ?new, gone = ?gone, dropped_rows = rows, dropped_vectors = vectors, "warm start");
-        Ok(State { logistic, towers })
+        let brought = Brought {
+            from: self.to_string(),
+            rows: logistic.rows.ids.len(),
+            vectors: towers.as_ref().map_or(0, |towers| towers.rows.ids.len()),
+            start_cold: new,
+            gone,
+            dropped_rows: dropped[0],
+            dropped_vectors: dropped[1],
+        };
+        let Brought { from, rows, vectors, start_cold, gone, dropped_rows, dropped_vectors } = &brought;
+        tracing::info!(from, rows, vectors, ?start_cold, ?gone, dropped_rows, dropped_vectors, "warm start");
+        Ok((State { logistic, towers }, brought))
     }
 
     fn of_checkpoint(&self, dir: &Path, checked: &Checked) -> Result<Learned, Error> {

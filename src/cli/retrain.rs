@@ -12,7 +12,7 @@ use super::ConfigArgs;
 use super::train::Lines;
 use crate::app::retrain::{self, Job, Outcome, Promote, Report, Request};
 use crate::app::train::{Progress, Tick};
-use crate::app::warm::WarmStart;
+use crate::app::warm::{Brought, WarmStart};
 use crate::config::Config;
 use crate::event::Time;
 use crate::snapshot::Manifest;
@@ -227,6 +227,16 @@ fn print(report: &Report) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
     let time = |time: Option<Time>| time.map_or("the start of the log".to_owned(), |time| time.to_string());
     writeln!(out, "candidate   lineage {}, from {} to {}", report.lineage, time(report.from), time(report.frontier))?;
+    if let Some(Brought { from, rows, vectors, start_cold, gone, dropped_rows, dropped_vectors }) = &report.warm_start {
+        writeln!(out, "began with  {rows} rows and {vectors} vectors of {from}")?;
+        if !start_cold.is_empty() {
+            writeln!(out, "            {} new, which start cold: {}", start_cold.len(), start_cold.join(", "))?;
+        }
+        if !gone.is_empty() {
+            let dropped = format!("{dropped_rows} rows and {dropped_vectors} vectors dropped");
+            writeln!(out, "            {} gone: {}; {dropped}", gone.len(), gone.join(", "))?;
+        }
+    }
     let hours = report.hours_per_minute.map_or(String::new(), |hours| format!(", {hours:.1} hours of log a minute"));
     writeln!(
         out,
