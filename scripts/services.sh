@@ -23,7 +23,7 @@
 #   TIDEMILL_AZURE_PORT   the port for Azure, likewise
 #   TIDEMILL_GCS_PORT     first of nine ports in a row for GCS, likewise
 #
-# Needs Linux. Installs a Java runtime (17 or newer), Maven, OpenSSL and Python's venv by apt-get where they are missing. The first `up` of
+# Needs Linux. Installs a Java runtime (17 or newer), Maven, OpenSSL, Apache's web server and Python's venv by apt-get where they are missing. The first `up` of
 # a checkout downloads some 40 MB for Kafka, some 60 MB for S3 and GCS, and for Azure some 130 MB (0.5 GB on the
 # disk), Node.js with it. A service that does not answer within 120 s of its start has failed: the end of its log is shown.
 set -euo pipefail

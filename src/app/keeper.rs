@@ -14,8 +14,8 @@ use crate::snapshot::codec::Arrays;
 use crate::telemetry;
 use crate::train::checkpoint::{self, Checkpoints, Loaded, SegmentRef};
 use crate::train::core::Image;
+use crate::train::digest::{Marker, Past};
 use crate::train::image::{self, Branch, FORMAT, Head, ROWS, RowFile, SEEN};
-use crate::train::mark::{Marker, Past};
 
 /// Most files with changed rows behind one with all rows: a resume reads them all.
 const INCREMENTS: usize = 20;
@@ -359,7 +359,7 @@ mod tests {
     use crate::merge::Key;
     use crate::model::{self, Model};
     use crate::train::core::Place;
-    use crate::train::mark;
+    use crate::train::digest;
 
     /// A job in which ids are admitted by chance and count, expire, and are evicted, in both tables.
     const CONFIG: &str = r#"
@@ -589,7 +589,7 @@ mod tests {
                 prop_assert_eq!(expected.as_ref(), Some(mark));
                 add(&marked, u64::from(mark.since.is_some_and(|since| since < mark.batch)));
             }
-            prop_assert_eq!(mark::way(past.clone(), &checked.lineage()), past, "nothing of it was taken back");
+            prop_assert_eq!(digest::way(past.clone(), &checked.lineage()), past, "nothing of it was taken back");
             let Some(loaded) = store.newest().unwrap() else { return Ok(()) };
             let (then, state) = state(&loaded);
             let length = loaded.segments.iter().filter(|(file, _)| file.name == ROWS).count() as u64;

@@ -20,8 +20,8 @@ use crate::snapshot::towers::Towers;
 use crate::snapshot::{self, Facts, Golden, ModelInfo, Outcome, Publisher, Remedy, Store, Vectors, Version, Weights};
 use crate::telemetry::{self, Stage};
 use crate::train::core::{Core, Image, Standing};
+use crate::train::digest::{self, Digests, Ordered};
 use crate::train::fresh::{self, Fresh};
-use crate::train::image::{self, Digests, Ordered};
 use crate::train::progressive;
 
 /// What is to be published of a boundary, and fresh examples to prove and to judge it with.
@@ -362,7 +362,7 @@ impl Worker {
         let (content, digests) = match &job.model {
             Part::Whole(image) => {
                 let model = image.model.sorted();
-                let digests = image::digests(&Ordered::of(image), &model, self.window);
+                let digests = digest::digests(&Ordered::of(image), &model, self.window);
                 (Content::from(weights(&self.model, model).map_err(unfit)?), Some(digests))
             }
             Part::Touched { since, changes } => {

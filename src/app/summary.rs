@@ -10,7 +10,7 @@ use crate::event::Time;
 use crate::join::{Counts, DelayCurve};
 use crate::merge::ReadCounts;
 use crate::train::core::{Core, Image};
-use crate::train::image::Digests;
+use crate::train::digest::Digests;
 use crate::train::progressive::{Metrics, Report, Window};
 
 /// What a run came to.

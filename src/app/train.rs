@@ -26,8 +26,9 @@ use crate::telemetry::{self, Stage};
 use crate::train::checkpoint::Checkpoints;
 use crate::train::compare::Kept;
 use crate::train::core::{Advance, Core, Sampling};
+use crate::train::digest::{self, Ordered};
 use crate::train::fresh::Fresh;
-use crate::train::image::{self, FORMAT, Head, Ordered};
+use crate::train::image::{self, FORMAT, Head};
 use crate::train::progressive::Progressive;
 
 /// A line now and then while a job runs, for a person to follow.
@@ -312,7 +313,7 @@ fn run_lineage(
         return Err(jumped);
     }
     let image = core.image();
-    let digests = image::digests(&Ordered::of(&image), &image.model.sorted(), checked.join.window);
+    let digests = digest::digests(&Ordered::of(&image), &image.model.sorted(), checked.join.window);
     let run = Run {
         ended,
         resumed,

@@ -28,8 +28,8 @@ use crate::snapshot::manifest::PAYLOAD_FORMAT;
 use crate::snapshot::{self, Manifest, Precision, Store, Version, Weights};
 use crate::train::checkpoint::{self, Checkpoints};
 use crate::train::core::{Core, Place};
-use crate::train::image::{self, Digests, Ordered};
-use crate::train::mark::{self, Marker, Past};
+use crate::train::digest::{self, Digests, Marker, Ordered, Past};
+use crate::train::image;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -170,7 +170,7 @@ impl Auditor<'_> {
         let model = image.model.sorted();
         let frontier = frontier.map(|key| key.time);
         if let Some((number, _)) = newest {
-            let ours = image::digests(&Ordered::of(&image), &model, self.checked.join.window);
+            let ours = digest::digests(&Ordered::of(&image), &model, self.checked.join.window);
             let same = ours == self.digests;
             let difference = (!same).then(|| {
                 first_row(self.stored, &model, self.suspects.as_ref()).unwrap_or_else(|| "the model is the same; what the order decides beside it differs (counts, metrics, seen ids, clicks or positions)".into())
@@ -331,11 +331,11 @@ pub fn replay(
     }
     let frontier = head.place.frontier.ok_or_else(|| nothing("the checkpoint has learned nothing"))?;
     let (restored, state, words) = image::read(&head, &loaded)?;
-    let digests = image::digests(&Ordered::of_restored(&restored, &words), &state, checked.join.window);
+    let digests = digest::digests(&Ordered::of_restored(&restored, &words), &state, checked.join.window);
 
     // The job may have written more since; the newest that was copied is the last on the way that is looked at.
     let past = Checkpoints::look(&settings.dir).history()?;
-    let mut past = VecDeque::from(mark::way(past, &head.lineage));
+    let mut past = VecDeque::from(digest::way(past, &head.lineage));
     while past.back().is_some_and(|past| past.mark.frontier > frontier) {
         past.pop_back();
     }

@@ -5,11 +5,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::Xxh3;
 
 use super::checkpoint::Loaded;
 use super::core::{Image, Place, Restored};
-use super::mark::Mark;
+use super::digest::Mark;
 use crate::event::Time;
 use crate::join::{self, SeenInfo, Segment};
 use crate::merge::{Click, JournalEntry, PartitionPosition};
@@ -69,114 +68,6 @@ pub struct Head {
     pub predictions: Option<u64>,
     /// What another run must come to here. None before the first batch boundary.
     pub mark: Option<Mark>,
-}
-
-/// The digests of a state: equal for equal log, config and frontier.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Digests {
-    /// Parameters, optimizer, tables.
-    pub model: String,
-    /// The model, and counters, metrics, seen ids, clicks up to frontier + window, first unreleased positions, journal.
-    pub order: String,
-}
-
-/// What the order digest is made of beside the model.
-#[derive(Clone, Copy)]
-pub struct Ordered<'a> {
-    pub place: &'a Place,
-    pub counts: &'a join::Counts,
-    pub delays: &'a join::DelayCurve,
-    pub progress: &'a [u64],
-    pub seen: &'a [Arc<Segment>],
-    pub clicks: &'a [Click],
-    pub journal: &'a [JournalEntry],
-}
-
-impl<'a> Ordered<'a> {
-    #[must_use]
-    pub fn of(image: &'a Image) -> Self {
-        let Image { place, counts, delays, progress, seen, clicks, journal, .. } = image;
-        Self { place, counts, delays, progress, seen, clicks, journal }
-    }
-
-    /// Of what [`read`] gave.
-    #[must_use]
-    pub fn of_restored(restored: &'a Restored, progress: &'a [u64]) -> Self {
-        let Restored { place, counts, delays, seen, clicks, journal, .. } = restored;
-        Self { place, counts, delays, progress, seen, clicks, journal }
-    }
-}
-
-/// Computes both digests. `model` is in canonical order. `window` in ms.
-#[must_use]
-pub fn digests(image: &Ordered<'_>, model: &State, window: i64) -> Digests {
-    let model = format!("{:032x}", model.digest());
-    let order = order_digest(image, &model, window, segment_digest);
-    Digests { model, order }
-}
-
-/// The digest of what the order decides, with that of a model. `of_segment` is [`segment_digest`], or remembers what it gave.
-#[must_use]
-pub fn order_digest(
-    image: &Ordered<'_>,
-    model: &str,
-    window: i64,
-    mut of_segment: impl FnMut(&Segment) -> u128,
-) -> String {
-    let mut hash = Xxh3::new();
-    let frontier = image.place.frontier.map_or(Time::MIN, |key| key.time);
-    let passed = frontier.plus(window);
-    let small = serde_json::to_vec(&(model, image.place, image.counts, image.delays)).expect("plain data");
-    words(&mut hash, small.iter().map(|byte| u64::from(*byte)));
-    words(&mut hash, image.progress.iter().copied());
-    let seen = image.seen.iter().map(|segment| of_segment(segment));
-    words(&mut hash, seen.flat_map(|digest| [digest as u64, (digest >> 64) as u64]));
-    let mut clicks: Vec<&Click> = image.clicks.iter().filter(|click| click.time <= passed).collect();
-    clicks.sort_unstable();
-    words(
-        &mut hash,
-        clicks.iter().flat_map(|c| {
-            [
-                c.time.0 as u64,
-                c.id,
-                c.content,
-                u64::from(c.partition),
-                c.offset,
-                u64::from(c.row),
-                c.event_time.0 as u64,
-            ]
-        }),
-    );
-    let journal = image.journal.iter().filter(|entry| entry.time <= frontier);
-    let mut journal: Vec<String> = journal.map(|entry| format!("{entry:?}")).collect();
-    journal.sort_unstable();
-    words(&mut hash, journal.iter().map(|line| xxhash_rust::xxh3::xxh3_64(line.as_bytes())));
-    format!("{:032x}", hash.digest128())
-}
-
-/// The digest of a segment of seen ids.
-#[must_use]
-pub fn segment_digest(segment: &Segment) -> u128 {
-    let mut hash = Xxh3::new();
-    words(&mut hash, segment.ids.iter().copied());
-    words(&mut hash, segment.infos.iter().map(|info| info.to_bits() as u64));
-    hash.digest128()
-}
-
-/// Takes words into a digest, and their number.
-fn words(hash: &mut Xxh3, words: impl Iterator<Item = u64>) {
-    let mut buffer = Vec::with_capacity(1 << 13);
-    let mut count = 0_u64;
-    for word in words {
-        buffer.extend_from_slice(&word.to_le_bytes());
-        count += 1;
-        if buffer.len() == 1 << 13 {
-            hash.update(&buffer);
-            buffer.clear();
-        }
-    }
-    buffer.extend_from_slice(&count.to_le_bytes());
-    hash.update(&buffer);
 }
 
 /// The small arrays of a checkpoint. Neither seen ids nor the rows of tables are among them: those are in files of their own,

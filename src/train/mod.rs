@@ -2,7 +2,7 @@
 pub mod checkpoint;
 pub mod compare;
 pub mod core;
+pub mod digest;
 pub mod fresh;
 pub mod image;
-pub mod mark;
 pub mod progressive;
