@@ -45,7 +45,7 @@ impl<'a> Ordered<'a> {
         Self { place, counts, delays, progress, seen, clicks, journal }
     }
 
-    /// Of what [`read`] gave.
+    /// Of what [`image::read`](super::image::read) gave.
     #[must_use]
     pub fn of_restored(restored: &'a Restored, progress: &'a [u64]) -> Self {
         let Restored { place, counts, delays, seen, clicks, journal, .. } = restored;
