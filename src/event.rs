@@ -74,7 +74,7 @@ impl Stream {
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
 #[repr(C)]
 pub struct Slot {
-    /// 64-bit xxh3 of (feature, value), see `docs/encoding.md`. Never 0: tables use 0 for an empty place.
+    /// Hash of (feature, value) that tells its feature, see `docs/encoding.md`. Never 0: tables use 0 for an empty place.
     pub row: u64,
     /// 1 for a category, `1/sqrt(n)` for each of a bag of n, the scaled number for a linear numeric. Finite, `|v| <= 1e6`.
     pub value: f32,
