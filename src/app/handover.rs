@@ -103,7 +103,7 @@ fn say(dir: &Path, offer: &Offer, refused: Option<String>) -> Result<(), Error> 
 
 /// The offered checkpoint and the settings that it is bound to, or why it cannot be taken.
 fn offered(offer: &Offer) -> Result<(BTreeMap<String, String>, Loaded), String> {
-    let loaded = Checkpoints::look(&offer.dir).newest().map_err(|error| super::publisher::chain(&error))?;
+    let loaded = Checkpoints::look(&offer.dir).newest().map_err(|error| crate::snapshot::chain(&error))?;
     let loaded = loaded.ok_or_else(|| format!("there is no checkpoint in `{}`", offer.dir.display()))?;
     let head: Head =
         serde_json::from_value(loaded.head.clone()).map_err(|error| format!("its head cannot be read: {error}"))?;
@@ -129,8 +129,8 @@ pub fn asked(checked: &Checked, options: &Options) -> Result<Option<Checked>, Er
             return Ok(Checked { branch: None, ..checked.clone() });
         }
         let now = options.config.as_ref().map(|(path, set)| {
-            let config = Config::load(path, set).map_err(|error| super::publisher::chain(&error))?;
-            config.check(checked.merge.until).map_err(|error| super::publisher::chain(&error))
+            let config = Config::load(path, set).map_err(|error| crate::snapshot::chain(&error))?;
+            config.check(checked.merge.until).map_err(|error| crate::snapshot::chain(&error))
         });
         match now.transpose()? {
             Some(now) if now.binding == wanted && now.config.checkpoint.as_ref().is_some_and(|now| now.dir == *dir) => {

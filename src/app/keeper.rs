@@ -48,7 +48,7 @@ struct State {
 
 /// The checkpoint that a job goes on from.
 pub struct Resumed {
-    pub number: u64,
+    number: u64,
     pub batch: u64,
     /// The files that its rows are in.
     rows: Vec<SegmentRef>,
@@ -209,7 +209,7 @@ struct Writer {
 /// Adds to the history. The checkpoint itself is there already, so a failure is said and no more.
 fn note(store: &Checkpoints, past: &Past) {
     if let Err(error) = store.append_history(past) {
-        let error = super::publisher::chain(&error);
+        let error = crate::snapshot::chain(&error);
         tracing::warn!(error, "a checkpoint is not in the history, `verify replay` cannot compare with it later");
     }
 }
@@ -251,7 +251,7 @@ impl Writer {
             });
             if let Err(error) = &last {
                 telemetry::checkpoint_failed();
-                let error = super::publisher::chain(error);
+                let error = crate::snapshot::chain(error);
                 tracing::error!(error, "a checkpoint could not be written; the one before stays, training goes on");
             }
             let mut state = shared.lock();

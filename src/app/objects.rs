@@ -13,7 +13,7 @@ use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 
 use crate::snapshot::store::Part;
-use crate::snapshot::{self, Store};
+use crate::snapshot::{self, Store, chain};
 use crate::source;
 use crate::source::blob::{Object, Unfetched};
 use crate::source::file::matches;
@@ -60,10 +60,6 @@ pub fn find(pattern: &str) -> Result<Found, source::Error> {
     }
     found.sort_by(|a, b| a.0.cmp(&b.0));
     Ok(found)
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    super::publisher::chain(error)
 }
 
 /// One object, and how it is fetched.

@@ -17,7 +17,9 @@ use crate::snapshot::publish::{Content, Plan};
 use crate::snapshot::retain::retain;
 use crate::snapshot::store::Traffic;
 use crate::snapshot::towers::Towers;
-use crate::snapshot::{self, Facts, Golden, ModelInfo, Outcome, Publisher, Remedy, Store, Vectors, Version, Weights};
+use crate::snapshot::{
+    self, Facts, Golden, ModelInfo, Outcome, Publisher, Remedy, Store, Vectors, Version, Weights, chain,
+};
 use crate::telemetry::{self, Stage};
 use crate::train::core::{Core, Image, Standing};
 use crate::train::digest::{self, Digests, Ordered};
@@ -451,16 +453,4 @@ fn golden(core: &Core) -> Vec<Golden> {
     };
     examples.extend(examples.first().map(|first| first.iter().map(unknown).collect()));
     examples.iter().map(|slots| Golden::new(slots, core.model.score(slots))).collect()
-}
-
-/// An error and its causes on one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }

@@ -129,7 +129,7 @@ pub struct Report {
     /// Where the candidate's checkpoint is, in event time.
     pub frontier: Option<Time>,
     pub version: Option<u64>,
-    /// What the first pass began with, if not with nothing.
+    /// What the first pass began with, if not with nothing; none also where that was killed before its end.
     pub warm_start: Option<Brought>,
     pub comparison: Option<Comparison>,
     pub candidate: Summary,
@@ -193,17 +193,16 @@ pub fn run(
     fs::create_dir_all(dir).map_err(|source| Error::Io { path: dir.clone(), action: "make the directory", source })?;
     let plan = plan(config, live, request)?;
     let (mut impressions, mut first) = (0, None);
-    // A run that was interrupted behind its first pass has left it.
-    let kept = dir.join("warm-start.json");
-    let mut brought = read::<Brought>(&kept)?;
+    let brought = dir.join("warm-start.json");
     let mut count = |summary: &Summary| {
         impressions += summary.impressions_this_run;
         first.get_or_insert(summary.first_frontier);
-        if let (None, Some(warm), true) = (&brought, &summary.warm_start, request.warm.is_some()) {
-            brought = Some(warm.clone());
-            write(&kept, warm)?;
+        // A later pass begins with the one before.
+        let asked = request.warm.as_ref().map(ToString::to_string);
+        match &summary.warm_start {
+            Some(warm) if asked.as_ref() == Some(&warm.from) => write(&brought, warm),
+            _ => Ok(()),
         }
-        Ok::<_, Error>(())
     };
 
     // Earlier passes end where the comparison begins, or its examples would be known to the candidate.
@@ -221,7 +220,9 @@ pub fn run(
         count(&summary)?;
         if stop.load(Ordering::Relaxed) {
             // Nothing may begin as what a pass had learned by then.
-            return Ok(Report::of(&plan, checked.lineage(), summary, impressions, began.elapsed()));
+            let warm_start = read(&brought)?;
+            let report = Report::of(&plan, checked.lineage(), summary, impressions, began.elapsed());
+            return Ok(Report { warm_start, ..report });
         }
         warm = Some(WarmStart::Checkpoint(dir.join(format!("pass-{pass}"))));
     }
@@ -253,7 +254,7 @@ pub fn run(
     let learned = began.elapsed();
     let hours = summary.frontier.zip(first.flatten()).map(|(last, first)| (last.0 - first.0) as f64 / 3.6e6);
     let mut report = Report::of(&plan, lineage, summary, impressions, learned);
-    report.warm_start = brought;
+    report.warm_start = read(&brought)?;
     report.hours_per_minute = hours.map(|hours| hours * 60.0 / learned.as_secs_f64());
     if stop.load(Ordering::Relaxed) {
         return Ok(report);

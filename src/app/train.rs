@@ -270,7 +270,7 @@ fn run_lineage(
         if shown.elapsed() > Duration::from_secs(1) {
             shown = Instant::now();
             next = handover::asked(checked, options).unwrap_or_else(|error| {
-                let error = super::publisher::chain(&error);
+                let error = crate::snapshot::chain(&error);
                 tracing::error!(error, "an offer of a retrained model cannot be looked at; the job goes on without it");
                 None
             });
@@ -510,7 +510,7 @@ impl Running<'_> {
         }
         let kept = self.checkpoint(core, predictions, dead);
         if let Err(error) = &kept {
-            tracing::error!(error = %super::publisher::chain(error), "what an operator said is not in a checkpoint yet");
+            tracing::error!(error = %crate::snapshot::chain(error), "what an operator said is not in a checkpoint yet");
         }
         kept.is_ok()
     }

@@ -62,8 +62,9 @@ pub struct Brought {
     pub vectors: usize,
     /// Features that the other lineage does not have.
     pub start_cold: Vec<String>,
-    /// Features that it has and this one does not, and what was dropped of them.
+    /// Features that it has and this one does not.
     pub gone: Vec<String>,
+    /// What belongs to no feature of this one.
     pub dropped_rows: usize,
     pub dropped_vectors: usize,
 }
@@ -106,11 +107,10 @@ impl WarmStart {
         let new: Vec<_> = has.difference(&had).cloned().collect();
         let gone: Vec<_> = had.difference(&has).cloned().collect();
         let (ours, brought) = (&checked.schema, logistic.rows.ids.len());
-        let mut dropped = [0; 2];
-        if !gone.is_empty() {
-            logistic.rows.retain(|id| (0..ours.len()).any(|i| ours.may_own(i, id)));
-            dropped[0] = brought - logistic.rows.ids.len();
-        }
+        // Also of a feature that uses other vectors now, whose rows are others.
+        logistic.rows.retain(|id| (0..ours.len()).any(|i| ours.may_own(i, id)));
+        let dropped_rows = brought - logistic.rows.ids.len();
+        let mut dropped_vectors = 0;
         let towers = checked.model.towers.as_ref().map(|settings| {
             let fresh = two_tower::State::fresh(settings);
             let Some(towers) = towers.filter(|towers| fits(towers, settings)) else {
@@ -128,10 +128,10 @@ impl WarmStart {
             let fresh = DenseState::new(settings.settings.dense.rule, params.len());
             let dense = if lengths(&dense) == lengths(&fresh) { dense } else { fresh };
             let mut rows = towers.rows;
-            // A feature may have left its tower.
+            // Also of a feature that has left its tower.
             let brought = rows.ids.len();
             rows.retain(|id| (0..ours.len()).any(|i| ours.may_use_vector(i, id)));
-            dropped[1] = brought - rows.ids.len();
+            dropped_vectors = brought - rows.ids.len();
             rows.touched.fill(0);
             two_tower::State { rows, params, dense, ..two_tower::State::default() }
         });
@@ -141,8 +141,8 @@ impl WarmStart {
             vectors: towers.as_ref().map_or(0, |towers| towers.rows.ids.len()),
             start_cold: new,
             gone,
-            dropped_rows: dropped[0],
-            dropped_vectors: dropped[1],
+            dropped_rows,
+            dropped_vectors,
         };
         let Brought { from, rows, vectors, start_cold, gone, dropped_rows, dropped_vectors } = &brought;
         tracing::info!(from, rows, vectors, ?start_cold, ?gone, dropped_rows, dropped_vectors, "warm start");

@@ -233,8 +233,10 @@ fn print(report: &Report) -> std::io::Result<()> {
             writeln!(out, "            {} new, which start cold: {}", start_cold.len(), start_cold.join(", "))?;
         }
         if !gone.is_empty() {
-            let dropped = format!("{dropped_rows} rows and {dropped_vectors} vectors dropped");
-            writeln!(out, "            {} gone: {}; {dropped}", gone.len(), gone.join(", "))?;
+            writeln!(out, "            {} gone: {}", gone.len(), gone.join(", "))?;
+        }
+        if dropped_rows + dropped_vectors > 0 {
+            writeln!(out, "            {dropped_rows} rows and {dropped_vectors} vectors of no feature were dropped")?;
         }
     }
     let hours = report.hours_per_minute.map_or(String::new(), |hours| format!(", {hours:.1} hours of log a minute"));

@@ -206,11 +206,8 @@ async fn show(
     let manifest = store.manifest(version, "the command line").await?;
     let holdings = if features { Some(Holdings::of(store, version).await?) } else { None };
     if place.json {
-        let mut shown = serde_json::to_value(&manifest)?;
-        if let Some(holdings) = holdings {
-            shown["features"] = serde_json::to_value(holdings)?;
-        }
-        return Ok(writeln!(out, "{shown}")?);
+        let shown = Shown { manifest: &manifest, features: holdings };
+        return Ok(writeln!(out, "{}", serde_json::to_string(&shown)?)?);
     }
     let Manifest { facts, model, .. } = &manifest;
     let mut line = |name: &str, value: &dyn std::fmt::Display| writeln!(out, "{name:<16} {value}");
@@ -287,6 +284,14 @@ async fn show(
     }
     writeln!(out, "{:<32} {:>12} {:>12}", "of several, or of none", unclear[0], unclear[1])?;
     Ok(())
+}
+
+#[derive(serde::Serialize)]
+struct Shown<'a> {
+    #[serde(flatten)]
+    manifest: &'a Manifest,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    features: Option<Holdings>,
 }
 
 /// The one owner there is; none of several.

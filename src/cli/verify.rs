@@ -110,27 +110,23 @@ fn print_replayed(replayed: &verify::Replayed) -> std::io::Result<()> {
     use std::io::Write as _;
     let mut out = std::io::stdout().lock();
     writeln!(out, "lineage     {}, replayed in {:.1} s", replayed.lineage, replayed.seconds)?;
+    let digests = |mark: &Compared| matches!(mark.of, Of::Digests(_)) && mark.same;
+    let at = |mark: &Compared| mark.frontier.map_or(String::new(), |time| format!(", {time}"));
     // Checkpoints that are the same fill one line, however many there are.
-    let mut same: Option<(&Compared, &Compared, u64)> = None;
-    let lines = replayed.marks.iter().map(Some).chain([None]);
-    for mark in lines {
-        let digests = |mark: &Compared| matches!(mark.of, Of::Digests(_)) && mark.same;
-        if let Some(mark) = mark.filter(|mark| digests(mark)) {
-            let (first, _, count) = same.unwrap_or((mark, mark, 0));
-            same = Some((first, mark, count + 1));
+    for marks in replayed.marks.chunk_by(|a, b| digests(a) && digests(b)) {
+        let [first, .., last] = marks else {
+            let mark = &marks[0];
+            let verdict = match (mark.same, digests(mark)) {
+                (true, true) => "the same digests",
+                (true, false) => "the same bytes",
+                (false, _) => "DIFFERS",
+            };
+            let why = mark.difference.as_ref().map_or(String::new(), |why| format!(": {why}"));
+            writeln!(out, "batch {:<8} {}{}: {verdict}{why}", mark.batch, name(&mark.of), at(mark))?;
             continue;
-        }
-        if let Some((first, last, count)) = same.take() {
-            let at = last.frontier.map_or(String::new(), |time| format!(", {time}"));
-            let (first, last, batch) = (name(&first.of), name(&last.of), last.batch);
-            let span = if count == 1 { last } else { format!("{first} to {last}, {count} of them") };
-            writeln!(out, "batch {batch:<8} {span}{at}: the same digests")?;
-        }
-        let Some(mark) = mark else { break };
-        let at = mark.frontier.map_or(String::new(), |time| format!(", {time}"));
-        let verdict = if mark.same { "the same bytes" } else { "DIFFERS" };
-        let why = mark.difference.as_ref().map_or(String::new(), |why| format!(": {why}"));
-        writeln!(out, "batch {:<8} {}{at}: {verdict}{why}", mark.batch, name(&mark.of))?;
+        };
+        let (from, to, count) = (name(&first.of), name(&last.of), marks.len());
+        writeln!(out, "batch {:<8} {from} to {to}, {count} of them{}: the same digests", last.batch, at(last))?;
     }
     if replayed.versions_past > 0 {
         writeln!(out, "not compared: {} versions lie past the newest checkpoint", replayed.versions_past)?;

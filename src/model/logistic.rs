@@ -220,14 +220,19 @@ impl State {
         let z = rows.z.as_deref().unwrap_or_default();
         column(&mut hash, z.len(), z.iter().map(|z| z.to_le_bytes()));
         column(&mut hash, rows.touched.len(), rows.touched.iter().map(|touched| touched.to_le_bytes()));
+        self.add_beside_to(&mut hash);
+        hash.digest128()
+    }
+
+    /// Takes all but the rows into a digest.
+    pub(super) fn add_beside_to(&self, hash: &mut Xxh3) {
         hash.update(&self.intercept.w.to_le_bytes());
         hash.update(&self.intercept.n.to_le_bytes());
         hash.update(&self.intercept.touched.to_le_bytes());
         let periods =
             self.periods.iter().map(|&(batch, period)| ((period as u128) << 32 | u128::from(batch)).to_le_bytes());
-        column(&mut hash, self.periods.len(), periods);
-        self.admission.add_to(&mut hash);
-        hash.digest128()
+        column(hash, self.periods.len(), periods);
+        self.admission.add_to(hash);
     }
 }
 

@@ -240,31 +240,6 @@ pub struct State {
 }
 
 impl State {
-    /// All but the rows of the tables.
-    #[must_use]
-    pub fn without_rows(&self) -> Self {
-        let logistic::State { intercept, periods, counts, admission, .. } = &self.logistic;
-        let logistic = logistic::State {
-            rows: table::Rows::default(),
-            intercept: *intercept,
-            periods: periods.clone(),
-            counts: counts.clone(),
-            admission: admission.clone(),
-        };
-        let towers = self.towers.as_ref().map(|towers| {
-            let two_tower::State { params, dense, periods, admission, skipped, .. } = towers;
-            two_tower::State {
-                rows: embedding::Rows::default(),
-                params: params.clone(),
-                dense: dense.clone(),
-                periods: periods.clone(),
-                admission: admission.clone(),
-                skipped: *skipped,
-            }
-        });
-        Self { logistic, towers }
-    }
-
     /// xxh3-128 over parameters and optimizers.
     #[must_use]
     pub fn digest(&self) -> u128 {
@@ -273,6 +248,15 @@ impl State {
         let mut hash = Xxh3::new();
         hash.update(&logistic.to_le_bytes());
         towers.add_to(&mut hash);
+        hash.digest128()
+    }
+
+    /// The same over all but the rows of the tables.
+    #[must_use]
+    pub fn digest_beside_rows(&self) -> u128 {
+        let mut hash = Xxh3::new();
+        self.logistic.add_beside_to(&mut hash);
+        self.towers.iter().for_each(|towers| towers.add_beside_to(&mut hash));
         hash.digest128()
     }
 }

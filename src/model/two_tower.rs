@@ -381,14 +381,16 @@ impl State {
 
     /// Takes all of the state into a digest, little-endian, each column led by its length.
     pub fn add_to(&self, hash: &mut Xxh3) {
-        fn floats(hash: &mut Xxh3, values: &[f32]) {
-            column(hash, values.len(), values.iter().map(|v| v.to_le_bytes()));
-        }
         hash.update(b"tidemill towers 1");
         column(hash, self.rows.ids.len(), self.rows.ids.iter().map(|id| id.to_le_bytes()));
         floats(hash, &self.rows.w);
         floats(hash, &self.rows.n);
         column(hash, self.rows.touched.len(), self.rows.touched.iter().map(|touched| touched.to_le_bytes()));
+        self.add_beside_to(hash);
+    }
+
+    /// Takes all but the rows into a digest.
+    pub(super) fn add_beside_to(&self, hash: &mut Xxh3) {
         floats(hash, &self.params);
         floats(hash, &self.dense.mean);
         floats(hash, &self.dense.square);
@@ -400,6 +402,10 @@ impl State {
         column(hash, self.periods.len(), periods);
         self.admission.add_to(hash);
     }
+}
+
+fn floats(hash: &mut Xxh3, values: &[f32]) {
+    column(hash, values.len(), values.iter().map(|v| v.to_le_bytes()));
 }
 
 /// A copy of the towers at a batch boundary, for another thread to sort and write.

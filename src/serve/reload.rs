@@ -15,7 +15,7 @@ use super::{Error, Settings};
 use crate::clock;
 use crate::event::Time;
 use crate::snapshot::load::{Chain, Objects};
-use crate::snapshot::{self, Follower, Remedy, Store, Version};
+use crate::snapshot::{self, Follower, Remedy, Store, Version, chain};
 use crate::telemetry::{self, Stage};
 
 /// A model that follows its channel. What serves goes on whatever the store or a new version does. Dropping it stops its
@@ -426,7 +426,7 @@ async fn load(store: &Store, version: Version, held: Option<&Model>, cache: Opti
         match held.with(&deltas, chain.last()) {
             Ok(model) => return Ok(Loaded { model, chain, objects }),
             Err(error) => {
-                tracing::warn!(error = %self::chain(&error), "its deltas do not fit what serves; loading all of it");
+                tracing::warn!(error = %snapshot::chain(&error), "its deltas do not fit what serves; loading all of it");
             }
         }
         chain = store.chain(version, None).await?;
@@ -439,16 +439,4 @@ async fn load(store: &Store, version: Version, held: Option<&Model>, cache: Opti
         model = model.with(&deltas, chain.last())?;
     }
     Ok(Loaded { model, chain, objects })
-}
-
-/// An error and its causes on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }

@@ -410,7 +410,8 @@ impl std::fmt::Display for Cause {
 impl std::error::Error for Cause {}
 
 /// An error and its causes on one line, each once.
-pub(super) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+#[must_use]
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     let line = |error: &dyn std::error::Error| error.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
     let mut text = line(error);
     let mut source = error.source();

@@ -23,7 +23,7 @@ pub mod towers;
 pub mod vectors;
 pub mod weights;
 
-pub use address::Cause;
+pub use address::{Cause, chain};
 pub use delta::Delta;
 pub use load::Snapshot;
 pub use manifest::{Epoch, Facts, Golden, Manifest, ModelInfo, Version};

@@ -149,8 +149,8 @@ impl Mark {
     /// Whether the tables have other rows.
     #[must_use]
     pub fn rows_differ(&self, other: &Self) -> bool {
-        let rows = |mark: &Self| (mark.rows, mark.ids.clone(), mark.logistic.clone(), mark.embedding.clone());
-        rows(self) != rows(other)
+        (self.rows, &self.ids, &self.logistic, &self.embedding)
+            != (other.rows, &other.ids, &other.logistic, &other.embedding)
     }
 
     /// The first thing in which two marks of one boundary differ, in words; none if they are equal.
@@ -257,7 +257,7 @@ impl Marker {
             ids: image.model.id_sums.map(|sum| format!("{sum:016x}")),
             logistic: hex(logistic.digest128()),
             embedding: hex(embedding.digest128()),
-            beside: hex(model.without_rows().digest()),
+            beside: hex(model.digest_beside_rows()),
             order,
         })
     }

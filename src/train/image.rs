@@ -338,7 +338,10 @@ fn read_periods(name: &str, arrays: &Arrays) -> codec::Result<Vec<(u32, i64)>> {
 }
 
 fn read_towers(arrays: &Arrays, chain: Option<Vec<Piece>>, count: usize) -> codec::Result<Option<two_tower::State>> {
-    let Some(chain) = chain.filter(|_| arrays.get("towers.params").is_some()) else { return Ok(None) };
+    if arrays.get("towers.params").is_none() {
+        return Ok(None);
+    }
+    let chain = chain.ok_or_else(|| codec::Error::Missing("rows of towers in each file of rows".to_owned()))?;
     let Columns { ids, floats, touched } = merge("towers", chain, count)?;
     let Ok([w, n]) = <[_; 2]>::try_from(floats) else {
         return Err(codec::Error::Missing("towers.w and towers.n".to_owned()));

@@ -15,7 +15,6 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::app::publisher::chain;
 use crate::app::topics::{self, Topics};
 use crate::app::train::{self, Options as TrainOptions, Progress, Summary, Tick, Until};
 use crate::clock;
@@ -23,7 +22,7 @@ use crate::config::{self, Checked, Config, ModelKind};
 use crate::event::{Stream, Time};
 use crate::serve::http::{self, Server};
 use crate::serve::{self, Model, Node, Scorer};
-use crate::snapshot::{self, Store, Version};
+use crate::snapshot::{self, Store, Version, chain};
 use crate::source::kafka::{self, Cluster, OwnTopics};
 use crate::source::{self, Kind, file};
 use feed::{Ledger, Live, Log, Replay};
