@@ -123,7 +123,7 @@ fn main() {
             Example { slots, positive, weight: 1.0, sampling_offset: 0.0, time: Time(0), id: i }
         };
         let examples: Vec<Example<'_>> = (0..).zip(slots.iter().map(|slots| &slots[..])).map(example).collect();
-        model.learn(batch, Time(0), &examples, &mut outcomes);
+        model.learn(batch, Time(0), &examples, &mut outcomes).unwrap();
 
         let before = files(&at);
         let (mut copied, mut whole) = (0.0, true);

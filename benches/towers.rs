@@ -1,7 +1,8 @@
 //! Examples a second of the two-tower model on encoded examples, as one line of JSON: scripts/bench_towers.py runs it beside PyTorch.
 //!
 //! `ROWS=1000000 THREADS=2 cargo bench --bench towers`. 12 ids an example, six a tower, each feature Zipf(1) over its share of the rows,
-//! which all exist before the first example; vectors of 16, towers 96-64-32, batches of 1024 of which no two are alike.
+//! which all exist before the first example; vectors of 16, towers 96-64-32, batches of 1024 of which no two are alike. LAYERS=64,32 and
+//! DEVICE=cpu say otherwise.
 
 use std::time::Instant;
 
@@ -54,7 +55,9 @@ fn main() {
     };
     let examples: Vec<Example<'_>> = slots.chunks(FEATURES as usize).map(example).collect();
 
-    let settings = Settings { wide, ..Settings::default() };
+    let text = |name: &str, default: &str| std::env::var(name).unwrap_or_else(|_| default.to_owned());
+    let layers = text("LAYERS", "64,32").split(',').map(|outputs| outputs.parse().unwrap()).collect();
+    let settings = Settings { wide, layers, device: text("DEVICE", "cpu"), ..Settings::default() };
     let feature =
         |i| Feature { side: Some(if i < FEATURES / 2 { Side::User } else { Side::Item }), presentation: false, key: 0 };
     let features: Vec<Feature> = (0..FEATURES).map(feature).collect();
@@ -80,7 +83,7 @@ fn main() {
         let pass = Instant::now();
         for examples in examples.chunks(BATCH) {
             batch += 1;
-            towers.learn(&mut logistic, batch, Time(0), examples, &mut outcomes);
+            towers.learn(&mut logistic, batch, Time(0), examples, &mut outcomes).unwrap();
         }
         let rate = EXAMPLES as f64 / pass.elapsed().as_secs_f64();
         best = best.max(rate);

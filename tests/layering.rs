@@ -145,7 +145,7 @@ fn sources() -> Vec<File> {
 
 fn code(text: &str) -> Vec<String> {
     let lines: Vec<&str> = text.lines().collect();
-    let tests = lines.windows(2).position(|pair| pair[0] == "#[cfg(test)]" && pair[1].starts_with("mod tests {"));
+    let tests = lines.windows(2).position(|pair| pair[0] == "#[cfg(test)]" && pair[1].ends_with("mod tests {"));
     let lines = &lines[..tests.unwrap_or(lines.len())];
     let without_comment = |line: &&str| match line.find("//") {
         // Inside of a string, as in `file://`, it something else than a space comes before it.

@@ -77,7 +77,7 @@ pub fn run(
     let (begun, mut shown) = (Instant::now(), Instant::now());
     let (mut labels, mut times) = ([0; 2], None);
     loop {
-        match core.advance() {
+        match core.advance()? {
             Advance::Boundary => {
                 while let Some(chunk) = core.merge_mut().take_recycled() {
                     input.recycler.give(chunk);

@@ -418,7 +418,7 @@ mod tests {
         };
         let examples: Vec<Example<'_>> = (0..).zip(slots.iter().map(|slots| &slots[..])).map(example).collect();
         let mut outcomes = Vec::new();
-        model.learn(batch, time, &examples, &mut outcomes);
+        model.learn(batch, time, &examples, &mut outcomes).unwrap();
         outcomes.iter().filter(|outcome| outcome.quarantined).count() as u64
     }
 

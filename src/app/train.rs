@@ -210,7 +210,7 @@ fn run_lineage(
     let mut fresh = Freshness { joined: core.merge().frontier() };
     let mut next = None;
     let ended = loop {
-        match core.advance() {
+        match core.advance()? {
             Advance::Boundary => {
                 desk.note(None, &core);
                 fresh.joined(&core);

@@ -6,6 +6,7 @@
 pub mod admission; // which ids have a row: admission, expiry, eviction
 pub mod changes; // which rows changed since a batch
 mod decay; // forgetting of accumulators, by periods of event time
+pub mod device; // the towers on a GPU, in Candle's operations
 pub mod embedding; // id -> vector, accumulators, touched; in stripes
 pub mod logistic; // per-coordinate AdaGrad / FTRL-Proximal, example by example
 pub mod optim; // Adam and AdaGrad of the dense parameters
@@ -26,6 +27,11 @@ pub enum Error {
     Setting { key: &'static str, expected: &'static str, got: String },
     #[error("{threads} threads for the towers cannot be started: {reason}")]
     Threads { threads: usize, reason: String },
+    #[error(
+        "the towers cannot be computed on `{device}`: {reason}. Batch {batch} is not learned; a job that is started again goes on from \
+         its last checkpoint, and with `model.two_tower.device = \"cpu\"` anywhere"
+    )]
+    Device { device: String, reason: String, batch: u32 },
     #[error("the stored {part} does not fit: {what}; it is damaged or of another model, take an older checkpoint")]
     State { part: &'static str, what: String },
 }
@@ -89,11 +95,20 @@ pub struct Model {
 
 impl Model {
     /// Scores and learns the examples of batch number `batch`, and leaves one outcome for each; see [`Logistic::learn`] and
-    /// [`TwoTower::learn`].
-    pub fn learn(&mut self, batch: u32, time: Time, examples: &[Example<'_>], outcomes: &mut Vec<Outcome>) {
+    /// [`TwoTower::learn`]. If the device fails, nothing can be said of the model any more.
+    pub fn learn(
+        &mut self,
+        batch: u32,
+        time: Time,
+        examples: &[Example<'_>],
+        outcomes: &mut Vec<Outcome>,
+    ) -> Result<(), Error> {
         match &mut self.towers {
             Some(towers) => towers.learn(&mut self.logistic, batch, time, examples, outcomes),
-            None => self.logistic.learn(batch, time, examples, outcomes),
+            None => {
+                self.logistic.learn(batch, time, examples, outcomes);
+                Ok(())
+            }
         }
     }
 

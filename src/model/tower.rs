@@ -5,9 +5,10 @@
 //! activation; the last is linear. The product of an example is `sum u_j v_j`, or `scale * sum û_j v̂_j` where normalised.
 //!
 //! [`Pair`] does all of it on plain slices, for shards of a fixed size, over `gemm` on one thread; [`Dots`] is the same as an
-//! operation of Candle with its own backward, and [`Pair::composed`] says it in Candle's own operations, for other devices
-//! and as the oracle. The backward of one example is linear in its outer gradient, so the unit gradients are taken in the forward
-//! already: an example for which they are no good numbers is known before anything has learned from it.
+//! operation of Candle with its own backward, and [`DevicePair`](super::device::DevicePair) says it in Candle's operations, for
+//! other devices. Candle's own backward is the oracle of both. The backward of one example is linear in its outer gradient, so
+//! the unit gradients are taken in the forward already: an example for which they are no good numbers is known before anything
+//! has learned from it.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -15,9 +16,9 @@ use candle_core::{CpuStorage, CustomOp3, InplaceOp1, Layout, Shape, Tensor, Var}
 use serde::{Deserialize, Serialize};
 
 /// Added to the squared length where outputs are normalised, since the item tower starts at 0.
-const LEAST_SQUARE: f64 = 1e-4;
+pub(super) const LEAST_SQUARE: f64 = 1e-4;
 /// Added to the variance in a layer norm.
-const LEAST_VARIANCE: f64 = 1e-5;
+pub(super) const LEAST_VARIANCE: f64 = 1e-5;
 /// Largest |product| and largest sum of |unit gradients| of an example; what lies beyond is quarantined.
 const LARGEST: f32 = 1e6;
 /// Layers of a tower at most: with weights and inputs in their bounds, no activation overflows.
@@ -185,7 +186,7 @@ impl Layer {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tower {
     pub layers: Vec<Layer>,
-    activation: Activation,
+    pub(super) activation: Activation,
 }
 
 impl Tower {
@@ -482,35 +483,6 @@ impl Pair {
             None => product,
         }
     }
-
-    /// The products, f32 `[shard]`, of pooled inputs `[shard, inputs]` and packed parameters, in Candle's own operations, on
-    /// whatever device these lie.
-    pub fn composed(&self, user: &Tensor, item: &Tensor, params: &Tensor) -> candle_core::Result<Tensor> {
-        let tower = |tower: &Tower, x: &Tensor| -> candle_core::Result<Tensor> {
-            let mut x = x.clone();
-            for (i, layer) in tower.layers.iter().enumerate() {
-                let n = layer.outputs;
-                let weight = params.narrow(0, layer.weight, layer.inputs * n)?.reshape((layer.inputs, n))?;
-                x = x.matmul(&weight)?.broadcast_add(&params.narrow(0, layer.bias(), n)?)?;
-                if let Some(norm) = layer.norm {
-                    let (gain, shift) = (params.narrow(0, norm, n)?, params.narrow(0, norm + n, n)?);
-                    x = candle_nn::ops::layer_norm_slow(&x, &gain, &shift, LEAST_VARIANCE as f32)?;
-                }
-                if i + 1 < tower.layers.len() {
-                    x = match tower.activation {
-                        Activation::Relu => x.relu()?,
-                        Activation::Tanh => x.tanh()?,
-                    };
-                }
-            }
-            Ok(x) // [shard, outputs]
-        };
-        let (u, v) = (tower(&self.user, user)?, tower(&self.item, item)?);
-        let product = (&u * &v)?.sum(1)?;
-        let Some(scale) = self.scale else { return Ok(product) };
-        let length = |x: &Tensor| x.sqr()?.sum(1)?.affine(1.0, LEAST_SQUARE)?.sqrt();
-        product.div(&length(&u)?)?.div(&length(&v)?)?.broadcast_mul(&params.narrow(0, scale, 1)?)
-    }
 }
 
 fn inner<T: Real>(a: &[T], b: &[T]) -> T {
@@ -546,6 +518,12 @@ impl Dots {
         Self { pair, work: Arc::default() }
     }
 
+    /// Number of parameters.
+    #[must_use]
+    pub fn parameters(&self) -> usize {
+        self.pair.len
+    }
+
     fn work(&self) -> MutexGuard<'_, PairWork<f32>> {
         self.work.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -566,14 +544,19 @@ impl Dots {
         for ((work, width), into) in
             [(user, self.pair.user.inputs()), (item, self.pair.item.inputs())].into_iter().zip(inputs)
         {
-            for (row, &g) in work.input.chunks_exact_mut(width).zip(g) {
-                if g == 0.0 {
-                    row.fill(0.0); // what an example without a gradient left may be no number
-                } else {
-                    row.iter_mut().for_each(|d| *d *= g);
-                }
-            }
+            weigh(&mut work.input, width, g);
             std::mem::swap(&mut work.input, into);
+        }
+    }
+}
+
+/// Multiplies each row, of `width`, by its `g`.
+pub(super) fn weigh(rows: &mut [f32], width: usize, g: &[f32]) {
+    for (row, &g) in rows.chunks_exact_mut(width).zip(g) {
+        if g == 0.0 {
+            row.fill(0.0); // what an example without a gradient left may be no number
+        } else {
+            row.iter_mut().for_each(|d| *d *= g);
         }
     }
 }
@@ -659,16 +642,13 @@ impl InplaceOp1 for Write<'_> {
     }
 }
 
-/// Gives a variable new values, in place on the CPU.
+/// Gives a variable on the CPU new values, in place.
 pub fn assign(var: &Var, values: &[f32]) -> candle_core::Result<()> {
-    if var.device().is_cpu() {
-        return var.as_tensor().inplace_op1(&Write(values));
-    }
-    var.set(&Tensor::from_slice(values, var.shape(), var.device())?)
+    var.as_tensor().inplace_op1(&Write(values))
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use candle_core::Device;
     use rand_pcg::Pcg64Mcg;
     use rand_pcg::rand_core::{Rng, SeedableRng};
@@ -690,14 +670,42 @@ mod tests {
         (0..count).map(|_| (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64 * 2.0 - 1.0).collect()
     }
 
-    struct Case {
-        pair: Pair,
-        params: Vec<f64>,
-        x: [Vec<f64>; 2],
-        g: Vec<f64>,
+    /// The products in Candle's own operations, which know their gradients.
+    pub fn composed(pair: &Pair, user: &Tensor, item: &Tensor, params: &Tensor) -> candle_core::Result<Tensor> {
+        let tower = |tower: &Tower, x: &Tensor| -> candle_core::Result<Tensor> {
+            let mut x = x.clone();
+            for (i, layer) in tower.layers.iter().enumerate() {
+                let n = layer.outputs;
+                let weight = params.narrow(0, layer.weight, layer.inputs * n)?.reshape((layer.inputs, n))?;
+                x = x.matmul(&weight)?.broadcast_add(&params.narrow(0, layer.bias(), n)?)?;
+                if let Some(norm) = layer.norm {
+                    let (gain, shift) = (params.narrow(0, norm, n)?, params.narrow(0, norm + n, n)?);
+                    x = candle_nn::ops::layer_norm_slow(&x, &gain, &shift, LEAST_VARIANCE as f32)?;
+                }
+                if i + 1 < tower.layers.len() {
+                    x = match tower.activation {
+                        Activation::Relu => x.relu()?,
+                        Activation::Tanh => x.tanh()?,
+                    };
+                }
+            }
+            Ok(x) // [shard, outputs]
+        };
+        let (u, v) = (tower(&pair.user, user)?, tower(&pair.item, item)?);
+        let product = (&u * &v)?.sum(1)?;
+        let Some(scale) = pair.scale else { return Ok(product) };
+        let length = |x: &Tensor| x.sqr()?.sum(1)?.affine(1.0, LEAST_SQUARE)?.sqrt();
+        product.div(&length(&u)?)?.div(&length(&v)?)?.broadcast_mul(&params.narrow(0, scale, 1)?)
     }
 
-    fn cases(rows: usize) -> Vec<Case> {
+    pub struct Case {
+        pub pair: Pair,
+        pub params: Vec<f64>,
+        pub x: [Vec<f64>; 2],
+        pub g: Vec<f64>,
+    }
+
+    pub fn cases(rows: usize) -> Vec<Case> {
         let seed = 20_261_125;
         println!("seed {seed}");
         let mut random = Pcg64Mcg::seed_from_u64(seed);
@@ -790,7 +798,7 @@ mod tests {
             let params = var(&case.params, &[case.pair.len]);
             let g = Tensor::from_vec(to_f32(&case.g), rows, &Device::Cpu).unwrap();
             let fused = user.apply_op3(&item, &params, Dots::new(Arc::new(case.pair.clone()))).unwrap();
-            let composed = case.pair.composed(&user, &item, &params).unwrap();
+            let composed = composed(&case.pair, &user, &item, &params).unwrap();
             let close = |a: &Tensor, b: &Tensor, what: &str| {
                 let (a, b) = (a.flatten_all().unwrap(), b.flatten_all().unwrap());
                 for (i, (a, b)) in a.to_vec1::<f32>().unwrap().iter().zip(b.to_vec1::<f32>().unwrap()).enumerate() {

@@ -11,7 +11,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Device, Var};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
@@ -20,6 +20,7 @@ use super::Error;
 use super::admission::{self, Gate};
 use super::changes::{self, Part};
 use super::decay::{Decay, DecaySettings};
+use super::device::DevicePair;
 use super::embedding::{Embeddings, Occurrence, Place, RowRule, Rows, Rules, STRIPES, stripe_of, uniform};
 use super::logistic::{Logistic, Outcome, column};
 use super::optim::{self, DenseSettings, DenseState};
@@ -319,11 +320,7 @@ impl Checked {
         };
         let expected = "a device of this machine (`cpu` always is)";
         device.map_err(|error| {
-            let why = match error {
-                candle_core::Error::WithBacktrace { inner, .. } => inner.to_string(),
-                error => error.to_string(),
-            };
-            let got = format!("{}, which cannot be used: {why}", self.settings.device);
+            let got = format!("{}, which cannot be used: {}", self.settings.device, reason(error));
             Error::Setting { key: "two_tower.device", expected, got }
         })
     }
@@ -462,7 +459,6 @@ struct Shard {
     fit: Vec<bool>,
     /// Of each example; NaN where it must not be learned from.
     products: Vec<f32>,
-    graph: Option<Tensor>,
     g: Vec<f32>,
     /// Gradients of the inputs, and of the parameters.
     pulled: [Vec<f32>; 2],
@@ -481,7 +477,6 @@ impl Shard {
             refused: 0,
             fit: Vec::new(),
             products: Vec::new(),
-            graph: None,
             g: Vec::new(),
             pulled: [Vec::new(), Vec::new()],
             gradient: Vec::new(),
@@ -594,69 +589,52 @@ impl Shard {
         }
     }
 
-    fn forward(&mut self, pair: &Pair, params: &Var, on: &On, rows: usize) -> candle_core::Result<()> {
+    fn forward(&mut self, pair: &Pair, params: &Var, rows: usize) -> candle_core::Result<()> {
         let widths = [pair.user.inputs(), pair.item.inputs()];
         if self.leaves.as_ref().is_none_or(|leaves| leaves[0].dim(0).ok() != Some(rows)) {
-            let leaf = |width: usize| Var::zeros((rows, width), candle_core::DType::F32, &on.device);
+            let leaf = |width: usize| Var::zeros((rows, width), candle_core::DType::F32, &Device::Cpu);
             self.leaves = Some([leaf(widths[0])?, leaf(widths[1])?]);
         }
         let Some([user, item]) = &self.leaves else { unreachable!("made just now") };
         tower::assign(user, &self.inputs[0])?;
         tower::assign(item, &self.inputs[1])?;
+        let products = user.apply_op3(item, params, self.op.clone())?;
         let mut judged = Vec::new();
-        let products = if on.fused {
-            let products = user.apply_op3(item, params, self.op.clone())?;
-            self.op.fit(&mut judged);
-            products
-        } else {
-            let products = pair.composed(user, item, params)?;
-            let unit = products.sum_all()?.backward()?;
-            let of = |var: &Var| unit.get(var).map(flat).transpose().map(Option::unwrap_or_default);
-            let (u, v) = (of(user)?, of(item)?);
-            pair.judge(&flat(&products)?, [&u, &v], &mut judged);
-            products
-        };
-        self.products.clear();
-        self.products.extend(flat(&products)?);
-        for ((product, fit), judged) in self.products.iter_mut().zip(&self.fit).zip(&judged) {
-            *product = if *fit && *judged { *product } else { f32::NAN };
-        }
-        self.graph = Some(products);
-        Ok(())
+        self.op.fit(&mut judged);
+        tower::with_elements(&products, |products| self.say(products, &judged))
     }
 
-    fn backward(&mut self, params: &Var, on: &On, outcomes: &[Outcome]) -> candle_core::Result<()> {
+    /// Notes the products of its examples, given those and what was found of the numbers behind them.
+    fn say(&mut self, products: &[f32], judged: &[bool]) {
+        self.products.clear();
+        let all = products.iter().zip(&self.fit).zip(judged);
+        self.products.extend(all.map(|((&product, fit), judged)| if *fit && *judged { product } else { f32::NAN }));
+    }
+
+    fn backward(&mut self, outcomes: &[Outcome]) {
         self.g.clear();
         self.g.extend(outcomes.iter().map(|outcome| outcome.gradient));
-        let (Some(products), Some([user, item])) = (self.graph.take(), &self.leaves) else { return Ok(()) };
-        if on.fused {
-            self.gradient.clear();
-            self.gradient.resize(params.elem_count(), 0.0);
-            self.op.pull(self.inputs.each_ref().map(Vec::as_slice), &self.g, &mut self.pulled, &mut self.gradient);
-            return Ok(());
-        }
-        let g = Tensor::from_slice(&self.g, self.g.len(), &on.device)?;
-        let grads = (products * g)?.sum_all()?.backward()?;
-        let of = |var: &Var| match grads.get(var) {
-            Some(gradient) => flat(gradient),
-            None => candle_core::bail!("the graph reaches every leaf"),
-        };
-        self.pulled = [of(user)?, of(item)?];
-        self.gradient = of(params)?;
-        Ok(())
+        self.gradient.clear();
+        self.gradient.resize(self.op.parameters(), 0.0);
+        self.op.pull(self.inputs.each_ref().map(Vec::as_slice), &self.g, &mut self.pulled, &mut self.gradient);
     }
 }
 
-fn flat(tensor: &Tensor) -> candle_core::Result<Vec<f32>> {
-    tensor.to_device(&Device::Cpu)?.flatten_all()?.to_vec1()
+/// Where the towers are computed.
+enum On {
+    /// Here, by [`Dots`], a shard at a time. With the parameters as a leaf of Candle's.
+    Shards(Var),
+    /// There, a batch at a time.
+    Device(Box<DevicePair>),
 }
 
-/// Where and how towers are computed.
-struct On {
-    device: Device,
-    /// By [`Dots`], which only the CPU knows; else by [`Pair::composed`], by one thread: a device's stream belongs to the
-    /// thread that fills it.
-    fused: bool,
+impl On {
+    fn new(device: Device, pair: &Arc<Pair>, params: &[f32]) -> candle_core::Result<Self> {
+        if !device.is_cpu() {
+            return Ok(Self::Device(Box::new(DevicePair::new(Arc::clone(pair), device))));
+        }
+        Ok(Self::Shards(Var::from_slice(params, params.len(), &device)?))
+    }
 }
 
 /// The towers with their table and optimizers; the logistic part is lent for each batch.
@@ -672,7 +650,6 @@ pub struct TwoTower {
     /// The ids of these.
     always: Vec<u64>,
     params: Vec<f32>,
-    leaf: Var,
     dense: DenseState,
     periods: Vec<(u32, i64)>,
     gate: Gate,
@@ -685,8 +662,16 @@ pub struct TwoTower {
     seen: Vec<Slot>,
 }
 
-/// Why a device is not expected to fail: on the CPU only a bug does; elsewhere the job stops, and its checkpoint stands.
-const FAILS: &str = "the towers cannot be computed on their device";
+/// What Candle says on the CPU only where there is a bug.
+const FAILS: &str = "the towers can be computed on the CPU";
+
+/// What a device says, without where in Candle it was said.
+fn reason(error: candle_core::Error) -> String {
+    match error {
+        candle_core::Error::WithBacktrace { inner, .. } => inner.to_string(),
+        error => error.to_string(),
+    }
+}
 
 impl TwoTower {
     /// Towers that know nothing. `default_rows` holds the row id of each feature's default row; `threads` compute.
@@ -732,19 +717,15 @@ impl TwoTower {
         } else {
             None
         };
-        let device = checked.device()?;
-        let leaf = Tensor::from_slice(&params, params.len(), &device).and_then(|params| Var::from_tensor(&params));
-        let leaf = leaf.expect(FAILS);
-        device.synchronize().expect(FAILS); // what learns may be another thread
+        let on = On::new(checked.device()?, &pair, &params).expect(FAILS);
         Ok(Self {
             pair,
-            on: On { fused: device.is_cpu(), device },
+            on,
             table,
             default_rows,
             defaults,
             always,
             params,
-            leaf,
             dense,
             periods,
             gate,
@@ -777,7 +758,7 @@ impl TwoTower {
     }
 
     /// Scores and learns the examples of batch number `batch`, the logistic part among it: see the module. `time` is the
-    /// batch's place in event time, for decay.
+    /// batch's place in event time, for decay. If the device fails, some of the batch may be learned and some not.
     pub fn learn(
         &mut self,
         logistic: &mut Logistic,
@@ -785,7 +766,9 @@ impl TwoTower {
         time: Time,
         examples: &[Example<'_>],
         outcomes: &mut Vec<Outcome>,
-    ) {
+    ) -> Result<(), Error> {
+        let device = &self.checked.settings.device;
+        let fails = |error| Error::Device { device: device.clone(), reason: reason(error), batch };
         let since = match self.checked.decay {
             Some(decay) => decay.enter(&mut self.periods, batch, time),
             None => 0,
@@ -795,20 +778,26 @@ impl TwoTower {
         while self.shards.len() < count {
             self.shards.push(Shard::new(&pair));
         }
-        let (table, defaults, on, leaf) = (&self.table, &self.defaults, &self.on, &self.leaf);
+        let (table, defaults, on) = (&self.table, &self.defaults, &mut self.on);
         let (plan, default_rows) = (&self.checked.plan, &self.default_rows);
         let shards = &mut self.shards[..count];
         let part = |i: usize| i * SHARD..((i + 1) * SHARD).min(examples.len());
         each(self.threads.as_ref(), shards, |i, shard| {
             let mine = &examples[part(i)];
             shard.pool(plan, table, defaults, mine);
-            if on.fused {
-                shard.forward(&pair, leaf, on, mine.len()).expect(FAILS);
+            if let On::Shards(params) = &*on {
+                shard.forward(&pair, params, mine.len()).expect(FAILS);
             }
         });
-        if !on.fused {
-            let forward = |(i, shard): (usize, &mut Shard)| shard.forward(&pair, leaf, on, part(i).len()).expect(FAILS);
-            shards.iter_mut().enumerate().for_each(forward);
+        if let On::Device(towers) = on {
+            for (side, input) in towers.inputs.iter_mut().enumerate() {
+                input.clear();
+                shards.iter().for_each(|shard| input.extend_from_slice(&shard.inputs[side]));
+            }
+            towers.forward(&self.params).map_err(fails)?;
+            for (i, shard) in shards.iter_mut().enumerate() {
+                shard.say(&towers.products[part(i)], &towers.fit[part(i)]);
+            }
         }
 
         self.products.clear();
@@ -843,30 +832,36 @@ impl TwoTower {
         let admit = |id: u64, impression: u64| rules.by_chance(id, impression);
         each(self.threads.as_ref(), shards, |i, shard| {
             shard.note(plan, defaults, default_rows, &examples[part(i)], &said[part(i)], admit);
-            if on.fused {
-                shard.backward(leaf, on, &said[part(i)]).expect(FAILS);
+            if let On::Shards(_) = on {
+                shard.backward(&said[part(i)]);
             }
         });
-        if !on.fused {
-            let backward = |(i, shard): (usize, &mut Shard)| shard.backward(leaf, on, &said[part(i)]).expect(FAILS);
-            shards.iter_mut().enumerate().for_each(backward);
-        }
-
-        // In the order of the shards.
         self.gradient.clear();
-        self.gradient.resize(pair.len, 0.0);
-        for shard in &*shards {
-            self.gradient.iter_mut().zip(&shard.gradient).for_each(|(sum, &d)| *sum += d);
+        match on {
+            // In the order of the shards.
+            On::Shards(_) => {
+                self.gradient.resize(pair.len, 0.0);
+                for shard in &*shards {
+                    self.gradient.iter_mut().zip(&shard.gradient).for_each(|(sum, &d)| *sum += d);
+                }
+            }
+            On::Device(towers) => {
+                let g: Vec<f32> = said.iter().map(|outcome| outcome.gradient).collect();
+                self.gradient = towers.gradient(&g).map_err(fails)?;
+            }
         }
         let learned = said.iter().filter(|outcome| !outcome.quarantined).count();
-        if optim::step(&self.checked.settings.dense, &mut self.dense, &mut self.params, &self.gradient, learned) {
-            tower::assign(&self.leaf, &self.params).expect(FAILS);
-        } else {
+        if !optim::step(&self.checked.settings.dense, &mut self.dense, &mut self.params, &self.gradient, learned) {
             self.skipped += 1;
+        } else if let On::Shards(params) = on {
+            tower::assign(params, &self.params).expect(FAILS);
         }
 
-        let inputs: Vec<[&[f32]; 2]> = shards.iter().map(|shard| shard.pulled.each_ref().map(Vec::as_slice)).collect();
         let (periods, decay, widths) = (&self.periods, self.checked.decay, plan.widths);
+        let inputs: Vec<[&[f32]; 2]> = match on {
+            On::Shards(_) => shards.iter().map(|shard| shard.pulled.each_ref().map(Vec::as_slice)).collect(),
+            On::Device(towers) => (0..count).map(|i| towers.pulled(part(i))).collect(),
+        };
         let rested = |n: f64, touched: u32| match decay {
             Some(decay) if touched < since => decay.rested(periods, batch, touched, n),
             _ => n,
@@ -887,6 +882,7 @@ impl TwoTower {
                 *at = self.table.find(*row);
             }
         }
+        Ok(())
     }
 
     /// What became of ids.
@@ -1041,7 +1037,8 @@ mod tests {
 
         fn learn(&mut self, batch: u32, examples: &[Example<'_>]) -> Vec<Outcome> {
             let mut outcomes = Vec::new();
-            self.towers.learn(&mut self.logistic, batch, Time(i64::from(batch) * 3000), examples, &mut outcomes);
+            let time = Time(i64::from(batch) * 3000);
+            self.towers.learn(&mut self.logistic, batch, time, examples, &mut outcomes).unwrap();
             outcomes
         }
 
@@ -1216,27 +1213,24 @@ mod tests {
     /// One stream learned by the operation of the CPU and by Candle's own on `on`: the same examples, weights within 1e-4. Not
     /// where outputs are normalised: the item tower says 0 at first, and the direction of next to nothing is all rounding;
     /// `the_fused_operation_equals_candle_s_own_operations` has that.
-    fn compare_devices(on: impl Fn() -> On) {
+    fn compare_with(device: &Device) {
         for (layer_norm, activation) in [(false, Activation::Relu), (true, Activation::Tanh)] {
             let dense = DenseSettings { rate: 0.002, ..settings().dense };
             let settings = Settings { layer_norm, activation, dense, ..settings() };
-            let (mut fused, mut composed) = (Both::new(&settings, 2), Both::new(&settings, 2));
-            composed.towers.on = on();
-            let params =
-                Tensor::from_slice(&fused.towers.params, fused.towers.params.len(), &composed.towers.on.device);
-            composed.towers.leaf = Var::from_tensor(&params.unwrap()).unwrap();
+            let (mut here, mut there) = (Both::new(&settings, 2), Both::new(&settings, 2));
+            there.towers.on = On::Device(Box::new(DevicePair::new(Arc::clone(&there.towers.pair), device.clone())));
             let mut stream = Stream::new(12);
             for batch in 1..=12 {
                 let mut drawn = stream.batch(SHARD + 44);
                 drawn[7].0[0].value = f32::NAN;
-                let (a, b) = (fused.learn(batch, &examples(&drawn)), composed.learn(batch, &examples(&drawn)));
+                let (a, b) = (here.learn(batch, &examples(&drawn)), there.learn(batch, &examples(&drawn)));
                 for (a, b) in a.iter().zip(&b) {
                     assert_eq!(a.quarantined, b.quarantined);
                     assert!((a.logit - b.logit).abs() < 1e-4 || a.quarantined, "{} {}", a.logit, b.logit);
                 }
                 assert!(a[7].quarantined);
             }
-            let (a, b) = (fused.state().1, composed.state().1);
+            let (a, b) = (here.state().1, there.state().1);
             assert_eq!(
                 (&a.rows.ids, &a.rows.touched, a.admission.counts),
                 (&b.rows.ids, &b.rows.touched, b.admission.counts)
@@ -1249,8 +1243,8 @@ mod tests {
     }
 
     #[test]
-    fn candle_s_own_operations_learn_what_the_fused_one_learns() {
-        compare_devices(|| On { device: Device::Cpu, fused: false });
+    fn candle_s_operations_learn_what_the_fused_one_learns() {
+        compare_with(&Device::Cpu);
     }
 
     #[test]
@@ -1258,7 +1252,20 @@ mod tests {
     fn on_a_gpu_the_examples_are_the_same_and_the_weights_close() {
         // Without a GPU it fails: nothing was compared.
         let device = Device::new_cuda(0).expect("NOT RUN: this test needs a GPU that CUDA can use");
-        compare_devices(|| On { device: device.clone(), fused: false });
+        compare_with(&device);
+    }
+
+    #[test]
+    fn a_device_that_fails_ends_the_batch_with_its_name_and_what_to_do() {
+        let (mut model, mut stream) = (Both::new(&settings(), 1), Stream::new(13));
+        model.towers.on = On::Device(Box::new(DevicePair::new(Arc::clone(&model.towers.pair), Device::Cpu)));
+        model.towers.params.truncate(5); // no device can compute with these
+        let drawn = stream.batch(20);
+        let (all, mut outcomes) = (examples(&drawn), Vec::new());
+        let failed = model.towers.learn(&mut model.logistic, 7, Time(0), &all, &mut outcomes).unwrap_err().to_string();
+        assert!(failed.starts_with("the towers cannot be computed on `cpu`: ") && !failed.contains('\n'), "{failed}");
+        assert!(failed.contains("Batch 7 is not learned") && failed.contains("device = \"cpu\""), "{failed}");
+        assert_eq!(model.state().0.rows.ids.len(), Both::new(&settings(), 1).state().0.rows.ids.len());
     }
 
     #[test]

@@ -459,13 +459,13 @@ impl Core {
         self.golden.iter().cloned().collect()
     }
 
-    /// Goes on until a batch ends or nothing more can be released.
-    pub fn advance(&mut self) -> Advance {
+    /// Goes on until a batch ends or nothing more can be released. Fails where the model's device does; then there is no going on.
+    pub fn advance(&mut self) -> Result<Advance, model::Error> {
         if std::mem::take(&mut self.closing) {
             return self.end_batch();
         }
         if self.held.as_ref().is_some_and(|held| held.formed) {
-            return Advance::Held;
+            return Ok(Advance::Held);
         }
         loop {
             match self.merge.ready() {
@@ -473,7 +473,7 @@ impl Core {
                     let uncertain = cut || self.growing && !self.merge.is_certain(time);
                     if uncertain && !self.unfinished {
                         self.unfinished = true;
-                        return Advance::Unfinished;
+                        return Ok(Advance::Unfinished);
                     }
                     if self.cutter.crosses(time) && self.released_since > 0 {
                         return self.end_batch();
@@ -482,13 +482,13 @@ impl Core {
                         return self.end_batch();
                     }
                 }
-                Ready::Wait { on, why } => return Advance::Wait { on, why },
+                Ready::Wait { on, why } => return Ok(Advance::Wait { on, why }),
                 Ready::End if self.released_since > 0 && !self.unfinished => {
                     self.unfinished = true;
-                    return Advance::Unfinished;
+                    return Ok(Advance::Unfinished);
                 }
                 Ready::End if self.released_since > 0 => return self.end_batch(),
-                Ready::End => return Advance::End,
+                Ready::End => return Ok(Advance::End),
             }
         }
     }
@@ -560,7 +560,7 @@ impl Core {
     }
 
     /// Ends the open batch, unless its click-through rate is not believed.
-    fn end_batch(&mut self) -> Advance {
+    fn end_batch(&mut self) -> Result<Advance, model::Error> {
         let Open { first, labelled, cut } = self.open;
         // Clicks are missing where the click log has ended, and that is known.
         if !cut && let Some(first) = first {
@@ -571,26 +571,27 @@ impl Core {
                     let through = self.merge.frontier().map_or(Time::MIN, |key| key.time.plus(self.window));
                     let unheard = self.merge.unheard(through, self.journaled);
                     self.held = Some(Held { first, jump, unheard, formed: true });
-                    return Advance::Held;
+                    return Ok(Advance::Held);
                 }
             }
         }
         self.held = None;
-        self.finish_batch();
-        Advance::Boundary
+        self.finish_batch()?;
+        Ok(Advance::Boundary)
     }
 
     /// Scores the open batch, learns from it, and settles everything at its end.
-    fn finish_batch(&mut self) {
+    fn finish_batch(&mut self) -> Result<(), model::Error> {
         if self.keep_examples {
             self.count_examples();
         } else if !self.items.is_empty() {
-            self.learn();
+            self.learn()?;
         }
         let frontier = self.merge.frontier().expect("something was released");
         self.place.frontier = Some(frontier);
         self.join.settle(frontier.time);
         self.mark();
+        Ok(())
     }
 
     fn count_examples(&mut self) {
@@ -606,7 +607,7 @@ impl Core {
         self.place.event_times = range;
     }
 
-    fn learn(&mut self) {
+    fn learn(&mut self) -> Result<(), model::Error> {
         let examples: Vec<Example<'_>> = self
             .items
             .iter()
@@ -621,7 +622,7 @@ impl Core {
             .collect();
         self.place.batches += 1;
         let number = u32::try_from(self.place.batches).expect("the job stops before 2^32 batches");
-        self.model.learn(number, self.items[0].time, &examples, &mut self.outcomes);
+        self.model.learn(number, self.items[0].time, &examples, &mut self.outcomes)?;
         let counts = &mut self.join.counts;
         let mut range = self.place.event_times;
         for ((item, example), outcome) in self.items.iter().zip(&examples).zip(&self.outcomes) {
@@ -664,6 +665,7 @@ impl Core {
         self.items.clear();
         self.slots.clear();
         self.text.clear();
+        Ok(())
     }
 
     /// All partitions are open, and nothing was offered yet: a checkpoint of this moment says where each starts.
