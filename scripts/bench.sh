@@ -1,27 +1,28 @@
 #!/usr/bin/env bash
 # Speed, in one run on one machine, and one table of it at the end: the micro benches (cargo bench), events to weights beside Vowpal
 # Wabbit (scripts/bench.py), answers beside its daemon (scripts/bench_serve.py), the drain from Kafka beside a bare consumer
-# (scripts/bench_kafka.py). The rows stay in target/bench/rows.jsonl.
+# (scripts/bench_kafka.py), a full retrain (scripts/bench_retrain.py), answers while versions are swapped in beside answers without
+# (scripts/bench_reload.py). The rows stay in target/bench/rows.jsonl.
 #
-#   scripts/bench.sh                          all four
-#   scripts/bench.sh micro serving            some: micro, events, serving, kafka
+#   scripts/bench.sh                          all six
+#   scripts/bench.sh micro serving            some: micro, events, serving, kafka, retrain, reload
 #   scripts/bench.sh events -- --rounds 5     of one: what comes after -- goes to its script
 #
-# Ratios count, not seconds: run it on a quiet machine and compare within one run. Takes about 20 minutes on two cores.
+# Ratios count, not seconds: run it on a quiet machine and compare within one run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 parts=()
 while [ $# -gt 0 ]; do
   case "$1" in
-    micro | events | serving | kafka) parts+=("$1") ;;
+    micro | events | serving | kafka | retrain | reload) parts+=("$1") ;;
     --) shift && break ;;
     -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" && exit 0 ;;
     *) echo "unknown argument \`$1\`; see scripts/bench.sh --help" >&2 && exit 2 ;;
   esac
   shift
 done
-if [ ${#parts[@]} = 0 ]; then parts=(micro events serving kafka); fi
+if [ ${#parts[@]} = 0 ]; then parts=(micro events serving kafka retrain reload); fi
 if [ $# -gt 0 ] && [ ${#parts[@]} != 1 ]; then echo "arguments after -- are for one part; name it" >&2 && exit 2; fi
 
 [ -x .venv/bin/python ] || { echo "no .venv: run scripts/test.sh once, it makes it" >&2; exit 1; }
@@ -44,6 +45,14 @@ for part in "${parts[@]}"; do
     kafka)
       cargo build --release --locked --bin tidemill --example drain
       .venv/bin/python scripts/bench_kafka.py --rows "$rows" "$@"
+      ;;
+    retrain)
+      cargo build --release --locked --bin tidemill
+      .venv/bin/python scripts/bench_retrain.py --rows "$rows" "$@"
+      ;;
+    reload)
+      cargo build --release --locked --bin tidemill --example load
+      .venv/bin/python scripts/bench_reload.py --versions 62 --step 2600 --cache --rows "$rows" "$@"
       ;;
   esac
 done

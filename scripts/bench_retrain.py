@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 
 import bench
+import bench_table
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -53,6 +54,7 @@ def main():
     parser.add_argument("--impressions", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--no-kafka", action="store_true")
+    parser.add_argument("--rows", type=pathlib.Path, help="append the rows of the table of scripts/bench.sh to this file")
     arguments = parser.parse_args()
 
     target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
@@ -106,9 +108,12 @@ def main():
             if not arguments.no_kafka:
                 service("down")
     print(f"\nbest of {arguments.rounds}, {arguments.impressions:,} impressions, 500 a second of event time")
-    for name, (rate, hours, _) in best.items():
-        print(f"  {name:10} {rate / 1e6:5.2f} M events/s  {hours:6.1f} hours a minute  {rate / best['JSON lines'][0]:5.2f} of JSON lines")
-    if best["JSON lines"][2] != best["Parquet"][2]:
+    table, lines = bench_table.Rows("retrain", arguments.rows), best.pop("JSON lines")
+    table.add("hours of log at 500 impressions/s, from JSON lines", lines[1], "h/minute")
+    for name, (rate, *_) in best.items():
+        table.add(f"events from {name}", rate / 1e6, "M/s", "JSON lines", lines[0] / 1e6)
+    table.print()
+    if lines[2] != best["Parquet"][2]:
         raise SystemExit("JSON lines and Parquet gave other models")
 
 

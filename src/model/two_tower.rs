@@ -7,7 +7,7 @@
 //! before anything was written, and quarantined; so there is nothing to take back.
 //!
 //! Shards and stripes are fixed, sums over them have an order, and threads only take them: the number of threads does not
-//! show in the result.
+//! show in the result. On a GPU the towers run over all of the batch at once; the rest is the same.
 
 use std::sync::Arc;
 
