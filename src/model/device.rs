@@ -32,29 +32,34 @@ pub struct DevicePair {
 
 /// What the gradient of the parameters needs of a batch.
 struct Batch {
-    layers: [Vec<Kept>; 2],
+    /// The user tower's, then the item tower's, each from its first layer on.
+    layers: Vec<Pulled>,
     /// `[examples, 1]`, where outputs are normalised: the product without the scale.
     cosines: Option<Tensor>,
 }
 
-/// What one layer leaves.
-struct Kept {
-    /// What it saw, `[examples, inputs]`.
+/// What the forward leaves of a layer.
+struct Seen {
+    /// `[examples, inputs]`.
     input: Tensor,
     /// Behind the activation, `[examples, outputs]`.
     out: Tensor,
     norm: Option<Norm>,
-    /// d product / d `input @ weights`, from the backward on.
-    delta: Option<Tensor>,
 }
 
-/// What a layer norm leaves.
+/// What a layer norm leaves: centred and scaled to variance 1, `[examples, outputs]`; the inverse of the deviation, `[examples, 1]`.
 struct Norm {
-    /// Centred and scaled to variance 1, `[examples, outputs]`, and the inverse of the deviation, `[examples, 1]`.
     plain: Tensor,
     spread: Tensor,
-    /// d product / d what comes out, from the backward on.
-    delta: Option<Tensor>,
+}
+
+/// What the backward leaves of a layer.
+struct Pulled {
+    input: Tensor,
+    /// d product / d (`input @ weights`), `[examples, outputs]`.
+    delta: Tensor,
+    /// Of a layer norm: `plain`, and d product / d what comes out of it, `[examples, outputs]`.
+    norm: Option<(Tensor, Tensor)>,
 }
 
 impl DevicePair {
@@ -82,9 +87,8 @@ impl DevicePair {
 
     fn run(&mut self, params: &Tensor) -> Result<()> {
         let Pair { ref user, ref item, scale, .. } = *self.pair;
-        let [mut user_layers, mut item_layers] = [Vec::new(), Vec::new()];
-        let u = forward(user, params, &self.inputs[0], &mut user_layers)?;
-        let v = forward(item, params, &self.inputs[1], &mut item_layers)?;
+        let (u, user_seen) = forward(user, params, &self.inputs[0])?;
+        let (v, item_seen) = forward(item, params, &self.inputs[1])?;
         let product = (&u * &v)?.sum_keepdim(1)?;
         let (products, cosines, du, dv) = if let Some(scale) = scale {
             let scale = params.narrow(0, scale, 1)?;
@@ -101,27 +105,28 @@ impl DevicePair {
         } else {
             (product, None, v, u)
         };
-        let (du, dv) = (backward(user, params, du, &mut user_layers)?, backward(item, params, dv, &mut item_layers)?);
+        let (du, mut layers) = backward(user, params, du, user_seen)?;
+        let (dv, of_item) = backward(item, params, dv, item_seen)?;
+        layers.extend(of_item);
         self.pulled = [flat(&du)?, flat(&dv)?];
         self.products = flat(&products)?;
-        self.kept = Some(Batch { layers: [user_layers, item_layers], cosines });
+        self.kept = Some(Batch { layers, cosines });
         Ok(())
     }
 
     /// The gradient of the packed parameters, of `sum g * product` over the examples of the last [`forward`](Self::forward), and
     /// in [`pulled`](Self::pulled) that of the inputs. `g` is 0 for those that are not fit.
     pub fn gradient(&mut self, g: &[f32]) -> Result<Vec<f32>> {
-        let Some(Batch { layers, cosines }) = self.kept.take() else { return Ok(vec![0.0; self.pair.len]) };
+        let Some(Batch { layers, cosines }) = self.kept.take() else { candle_core::bail!("a forward comes first") };
         for (tower, pulled) in [&self.pair.user, &self.pair.item].into_iter().zip(&mut self.pulled) {
             weigh(pulled, tower.inputs(), g);
         }
         let g = Tensor::from_slice(g, (g.len(), 1), &self.device)?;
         let mut parts = Vec::new();
-        for Kept { input, norm, delta, .. } in layers.iter().flatten() {
-            let Some(delta) = delta else { continue };
+        for Pulled { input, delta, norm } in layers {
             let delta = delta.broadcast_mul(&g)?;
             parts.extend([input.t()?.matmul(&delta)?.flatten_all()?, delta.sum(0)?]);
-            if let Some(Norm { plain, delta: Some(delta), .. }) = norm {
+            if let Some((plain, delta)) = norm {
                 let delta = delta.broadcast_mul(&g)?;
                 parts.extend([(&delta * plain)?.sum(0)?, delta.sum(0)?]);
             }
@@ -141,10 +146,10 @@ impl DevicePair {
     }
 }
 
-/// The layers of a tower over inputs `[examples, width]`, noted in `layers`: what it says, `[examples, outputs]`.
-fn forward(tower: &Tower, params: &Tensor, input: &[f32], layers: &mut Vec<Kept>) -> Result<Tensor> {
+/// What a tower says of inputs `[examples, width]`, `[examples, outputs]`, and what its layers saw.
+fn forward(tower: &Tower, params: &Tensor, input: &[f32]) -> Result<(Tensor, Vec<Seen>)> {
     let shape = (input.len() / tower.inputs(), tower.inputs());
-    let mut x = Tensor::from_slice(input, shape, params.device())?;
+    let (mut x, mut seen) = (Tensor::from_slice(input, shape, params.device())?, Vec::new());
     for (i, layer) in tower.layers.iter().enumerate() {
         let n = layer.outputs;
         let linear = Linear::new(weights(layer, params)?.t()?, Some(params.narrow(0, layer.bias(), n)?));
@@ -156,7 +161,7 @@ fn forward(tower: &Tower, params: &Tensor, input: &[f32], layers: &mut Vec<Kept>
             let spread = centred.sqr()?.mean_keepdim(1)?.affine(1.0, LEAST_VARIANCE)?.sqrt()?.recip()?;
             let plain = centred.broadcast_mul(&spread)?;
             x = plain.broadcast_mul(&params.narrow(0, at, n)?)?.broadcast_add(&params.narrow(0, at + n, n)?)?;
-            norm = Some(Norm { plain, spread, delta: None });
+            norm = Some(Norm { plain, spread });
         }
         if i + 1 < tower.layers.len() {
             x = match tower.activation {
@@ -164,31 +169,33 @@ fn forward(tower: &Tower, params: &Tensor, input: &[f32], layers: &mut Vec<Kept>
                 Activation::Tanh => x.tanh()?,
             };
         }
-        layers.push(Kept { input, out: x.clone(), norm, delta: None });
+        seen.push(Seen { input, out: x.clone(), norm });
     }
-    Ok(x)
+    Ok((x, seen))
 }
 
-/// From d product / d what the tower says to d product / d what it sees, `[examples, width]`; what lies between stays in
-/// `layers`.
-fn backward(tower: &Tower, params: &Tensor, mut delta: Tensor, layers: &mut [Kept]) -> Result<Tensor> {
-    for (i, (layer, kept)) in tower.layers.iter().zip(layers).enumerate().rev() {
+/// From d product / d what the tower says to d product / d what it sees, `[examples, width]`, and to what its layers need.
+fn backward(tower: &Tower, params: &Tensor, mut delta: Tensor, seen: Vec<Seen>) -> Result<(Tensor, Vec<Pulled>)> {
+    let mut pulled = Vec::with_capacity(seen.len());
+    for (i, (layer, Seen { input, out, norm })) in tower.layers.iter().zip(seen).enumerate().rev() {
         if i + 1 < tower.layers.len() {
             delta = match tower.activation {
-                Activation::Relu => (delta * kept.out.sign()?)?,
-                Activation::Tanh => (delta * kept.out.sqr()?.affine(-1.0, 1.0)?)?,
+                Activation::Relu => (delta * out.sign()?)?,
+                Activation::Tanh => (delta * out.sqr()?.affine(-1.0, 1.0)?)?,
             };
         }
-        if let (Some(at), Some(kept)) = (layer.norm, &mut kept.norm) {
-            kept.delta = Some(delta.clone());
-            delta = delta.broadcast_mul(&params.narrow(0, at, layer.outputs)?)?;
-            let along = kept.plain.broadcast_mul(&(&delta * &kept.plain)?.mean_keepdim(1)?)?;
-            delta = (delta.broadcast_sub(&delta.mean_keepdim(1)?)? - along)?.broadcast_mul(&kept.spread)?;
+        let mut of_norm = None;
+        if let (Some(at), Some(Norm { plain, spread })) = (layer.norm, norm) {
+            let gained = delta.broadcast_mul(&params.narrow(0, at, layer.outputs)?)?;
+            let along = plain.broadcast_mul(&(&gained * &plain)?.mean_keepdim(1)?)?;
+            let before = (gained.broadcast_sub(&gained.mean_keepdim(1)?)? - along)?.broadcast_mul(&spread)?;
+            of_norm = Some((plain, std::mem::replace(&mut delta, before)));
         }
         let below = delta.matmul(&weights(layer, params)?.t()?)?;
-        kept.delta = Some(std::mem::replace(&mut delta, below));
+        pulled.push(Pulled { input, delta: std::mem::replace(&mut delta, below), norm: of_norm });
     }
-    Ok(delta)
+    pulled.reverse();
+    Ok((delta, pulled))
 }
 
 /// `[inputs, outputs]`, a view.
@@ -248,7 +255,6 @@ mod tests {
             close(u, &of(&user), "user input");
             close(v, &of(&item), "item input");
             close(&gradient, &of(&params), "parameter");
-            assert_eq!(towers.pulled(rows..rows), [&[] as &[f32]; 2]);
         }
     }
 

@@ -518,12 +518,6 @@ impl Dots {
         Self { pair, work: Arc::default() }
     }
 
-    /// Number of parameters.
-    #[must_use]
-    pub fn parameters(&self) -> usize {
-        self.pair.len
-    }
-
     fn work(&self) -> MutexGuard<'_, PairWork<f32>> {
         self.work.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -611,11 +611,11 @@ impl Shard {
         self.products.extend(all.map(|((&product, fit), judged)| if *fit && *judged { product } else { f32::NAN }));
     }
 
-    fn backward(&mut self, outcomes: &[Outcome]) {
+    fn backward(&mut self, parameters: usize, outcomes: &[Outcome]) {
         self.g.clear();
         self.g.extend(outcomes.iter().map(|outcome| outcome.gradient));
         self.gradient.clear();
-        self.gradient.resize(self.op.parameters(), 0.0);
+        self.gradient.resize(parameters, 0.0);
         self.op.pull(self.inputs.each_ref().map(Vec::as_slice), &self.g, &mut self.pulled, &mut self.gradient);
     }
 }
@@ -833,7 +833,7 @@ impl TwoTower {
         each(self.threads.as_ref(), shards, |i, shard| {
             shard.note(plan, defaults, default_rows, &examples[part(i)], &said[part(i)], admit);
             if let On::Shards(_) = on {
-                shard.backward(&said[part(i)]);
+                shard.backward(pair.len, &said[part(i)]);
             }
         });
         self.gradient.clear();
@@ -1210,9 +1210,9 @@ mod tests {
         }
     }
 
-    /// One stream learned by the operation of the CPU and by Candle's own on `on`: the same examples, weights within 1e-4. Not
-    /// where outputs are normalised: the item tower says 0 at first, and the direction of next to nothing is all rounding;
-    /// `the_fused_operation_equals_candle_s_own_operations` has that.
+    /// One stream learned by the operation of the CPU and by [`DevicePair`] on `device`: the same examples, weights within 1e-4.
+    /// Not where outputs are normalised: the item tower says 0 at first, and the direction of next to nothing is all rounding;
+    /// the tests of [`DevicePair`] have that.
     fn compare_with(device: &Device) {
         for (layer_norm, activation) in [(false, Activation::Relu), (true, Activation::Tanh)] {
             let dense = DenseSettings { rate: 0.002, ..settings().dense };
