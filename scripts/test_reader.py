@@ -15,7 +15,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
+import urllib.request
 
 import numpy as np
 import quality
@@ -117,25 +119,84 @@ def train_obd(name="obd", **more):
     return home / "snapshots"
 
 
-def train_generated(snapshots):
-    """A stream with so many ids that a version changes few of them: chains are long."""
-    home = SCRATCH / "generated"
-    tidemill("generate", "--out", home, "--impressions", 60_000)
+VERSIONS = 5
+
+
+def train_as_it_grows(home, config, impressions, clicks, period, settings):
+    """VERSIONS versions, one for each `period` (ms) of a log that grows under the job, none before the last one is published.
+
+    So which versions there are, and which rows each of them changes, depends on no clock and no disk. Of the periods behind
+    the first the log gets one impression in ten: deltas are small beside the full that they follow.
+    """
+    log = home / "growing.jsonl"
     places = {
-        "impressions.source.paths": [str(home / "impressions-000.jsonl")],
-        "clicks.source.paths": [str(home / "clicks-000.jsonl")],
+        "impressions.source.paths": [str(log)],
+        "clicks.source.paths": [str(clicks)],
         "checkpoint.dir": str(home / "checkpoints"),
         "snapshots.store": str(home / "snapshots"),
-        **snapshots,
+        "publish.every": f"{period}ms",
+        "publish.min_interval": "0s",
+        "batch.period": f"{period // 20}ms",
+        "impressions.source.poll": "10ms",
+        "telemetry.listen": "127.0.0.1:0",
     }
-    sets = [part for key, value in places.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    tidemill("train", "-c", ROOT / "configs/generated.toml", "--until-end", *sets)
+    for stream in "impressions", "clicks":
+        places |= {f"{stream}.max_out_of_order": f"{period // 20}ms", f"{stream}.max_ahead": f"{period // 20}ms"}
+    sets = [part for key, value in (places | settings).items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    pieces = [[] for _ in range(VERSIONS)]
+    with quality.open_text(impressions) as file:
+        lines = file.readlines()
+    first = json.loads(lines[0])["ts"] // period
+    for line in lines:
+        # Versions are due at multiples of the period. Half a period behind that, one is made for certain.
+        piece = max((json.loads(line)["ts"] - period // 2) // period - first, 0)
+        if piece < VERSIONS:
+            pieces[piece].append(line)
+    pieces[1:] = [piece[::10] for piece in pieces[1:]]
+    log.touch()
+    with open(home / "train.log", "w") as said:
+        job = subprocess.Popen([BINARY, "train", "-c", config, *sets], cwd=ROOT, stdout=said, stderr=said)
+
+    def wait_for(found):
+        until = time.monotonic() + 120
+        while not (result := found()):
+            assert job.poll() is None and time.monotonic() < until, (home / "train.log").read_text()[-3000:]
+            time.sleep(0.01)
+        return result
+
+    try:
+        url = wait_for(lambda: re.search("metrics at (http://.*/metrics)", (home / "train.log").read_text()))[1]
+        metrics = lambda: urllib.request.urlopen(url).read().decode()
+        for version, piece in enumerate(pieces, 1):
+            with open(log, "a") as out:
+                out.writelines(piece)
+            wait_for(lambda: re.search(f"^tidemill_snapshot_version {version}$", metrics(), re.MULTILINE))
+    finally:
+        job.kill()
+        job.wait()
+    made = sorted(int(path.stem) for path in (home / "snapshots/manifests").glob("*.json"))
+    assert made == list(range(1, VERSIONS + 1)), made
     return home / "snapshots"
 
 
-def train_towers(name, snapshots=None, **settings):
-    """The slates by a two-tower model, with settings of its own."""
-    home = SCRATCH / name
+def grow_generated():
+    """A stream with so many ids that a version changes few of them: chains are long."""
+    home = SCRATCH / "generated"
+    tidemill("generate", "--out", home, "-n", 60_000, "--rate", 100, "--window", "20s", "--delay-median", "5s")
+    files = home / "impressions-000.jsonl", home / "clicks-000.jsonl"
+    return train_as_it_grows(home, "configs/generated.toml", *files, 60_000, {"join.window": "20s"})
+
+
+def grow_obd():
+    home = SCRATCH / "obd-deltas"
+    home.mkdir()
+    settings = {"join.window": "1h", "snapshots.precision": "f16"}
+    clicks = ROOT / "tests/data/obd/clicks.jsonl.gz"
+    return train_as_it_grows(home, "configs/obd.toml", IMPRESSIONS, clicks, 24 * 3_600_000, settings)
+
+
+def tower_settings(home, settings):
+    """Writes the job of a two-tower model over the slates into its directory. Returns the settings laid over it."""
     home.mkdir()
     towers = {"user": "user", "item": "item", "price": "item", "age": "user", "rate": "user", "tags": "item", "history": "user"}
     config = SLATES.replace("slates.jsonl", "../slates/slates.jsonl").replace("clicks.jsonl", "../slates/clicks.jsonl")
@@ -143,13 +204,24 @@ def train_towers(name, snapshots=None, **settings):
         config = config.replace(f'name = "{feature}"\n', f'name = "{feature}"\ntower = "{tower}"\n')
     # A user's history is of items, and uses their vectors.
     config = config.replace('name = "history"\n', 'name = "history"\nembedding = "item"\n')
-    settings = {"kind": "two_tower", "two_tower.dense.rate": 0.01, "two_tower.dense.warm_up": 0, **settings}
     (home / "towers.toml").write_text(config)
-    sets = [part for key, value in settings.items() for part in ("--set", f"model.{key}={json.dumps(value)}")]
-    for key, value in (snapshots or {"snapshots.deltas": 0}).items():
-        sets += ["--set", f"{key}={json.dumps(value)}"]
-    tidemill("train", "-c", "towers.toml", "--until-end", "--set", "batch.examples=64", *sets, cwd=home)
+    settings = {"kind": "two_tower", "two_tower.dense.rate": 0.01, "two_tower.dense.warm_up": 0, **settings}
+    return {"batch.examples": 64, **{f"model.{key}": value for key, value in settings.items()}}
+
+
+def train_towers(name, **settings):
+    home = SCRATCH / name
+    settings = tower_settings(home, settings) | {"snapshots.deltas": 0}
+    sets = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    tidemill("train", "-c", "towers.toml", "--until-end", *sets, cwd=home)
     return home / "snapshots"
+
+
+def grow_towers(precision, **settings):
+    home = SCRATCH / f"towers-{precision}"
+    settings = tower_settings(home, settings) | {"join.window": "1s", "snapshots.precision": precision}
+    files = SCRATCH / "slates/slates.jsonl", SCRATCH / "slates/clicks.jsonl"
+    return train_as_it_grows(home, home / "towers.toml", *files, 100_000, settings)
 
 
 def train_slates():
@@ -220,12 +292,9 @@ class Reader(unittest.TestCase):
         full = {**plain, "two_tower.layer_norm": True, "two_tower.normalize": True, "two_tower.activation": "tanh"}
         cls.towers = [train_towers("towers", **plain), train_towers("all-on", **full)]
         cls.towers.append(train_towers("narrow", **{"two_tower.wide": False}))
-        # Many versions, in chains of deltas, at each precision.
-        often = {"publish.every": "20s", "publish.min_interval": "0s", "snapshots.keep": 1000}
-        cls.long = train_generated(often)
-        cls.chains = [train_obd("obd-deltas", **{**often, "publish.every": "1h", "snapshots.precision": "f16"})]
-        for precision in "f32", "f16", "int8":
-            cls.chains.append(train_towers(f"towers-{precision}", {**often, "snapshots.precision": precision}, **plain))
+        # Several versions, in chains of deltas, at each precision.
+        cls.long = grow_generated()
+        cls.chains = [grow_obd(), *(grow_towers(precision, **plain) for precision in ("f32", "f16", "int8"))]
 
     def compare(self, what, ours, theirs, records, logit_tolerance=0):
         """Predictions must agree within 1e-6; the logits of equal slots to the last bit."""

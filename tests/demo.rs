@@ -96,10 +96,11 @@ fn a_version_that_was_damaged_after_it_answered_breaks_a_promise_and_the_exit_co
     let dir = dir.path().join("demo");
     let mut command = Command::new(TIDEMILL);
     command.args(["demo", "--json", "--seconds", "10", "--rate", "500", "--dir"]).arg(&dir);
-    let running = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut running = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let objects = dir.join("snapshots/objects");
     let mut written = Vec::new();
     while written.len() < 3 {
+        assert!(running.try_wait().unwrap().is_none(), "it ended with {} versions", written.len());
         std::thread::sleep(Duration::from_millis(50));
         let entries = std::fs::read_dir(&objects).into_iter().flatten();
         let paths = entries.map(|entry| entry.unwrap().path());

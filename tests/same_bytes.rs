@@ -7,7 +7,7 @@ use std::io::Write as _;
 use std::path::Path;
 use std::time::Duration;
 
-use common::{Job, generate, outcome, summary, train_through_kills};
+use common::{Job, Kills, generate, outcome, summary, train_through_kills};
 use rand_pcg::Pcg64Mcg;
 use rand_pcg::rand_core::{Rng as _, SeedableRng as _};
 use tidemill::feature::schema::{row_of, seed_of};
@@ -218,12 +218,9 @@ fn predictions_are_written_once_each_however_often_the_job_was_killed() {
     let run = |job: &Job, kills: u64| {
         let file = job.path("predictions.csv");
         let args = ["--json", "--until-end", "--predictions", file.to_str().unwrap()];
-        let mut chance = Pcg64Mcg::seed_from_u64(kills);
+        let mut killing = Kills::new(kills, Duration::from_millis(400));
         for _ in 0..kills {
-            let mut child = job.command(&args).spawn().unwrap();
-            std::thread::sleep(Duration::from_millis(chance.next_u64() % 400));
-            child.kill().unwrap();
-            child.wait().unwrap();
+            killing.kill(job, &args);
         }
         summary(&job.command(&args).output().unwrap());
         std::fs::read_to_string(file).unwrap()

@@ -156,23 +156,56 @@ pub fn outcome(summary: &Value) -> Value {
     keys.iter().map(|key| ((*key).to_owned(), summary[*key].clone())).collect::<serde_json::Map<_, _>>().into()
 }
 
-/// Kills jobs with SIGKILL at random moments, `kills` times in all, and lets them go on. A job that comes to its end all
-/// the same gives its summary and is followed by a fresh one; the last one is let finish.
-pub fn train_through_kills(kills: usize, seed: u64, new: impl Fn() -> Job) -> (Vec<serde_json::Value>, Job) {
-    println!("seed {seed}");
-    let mut chance = Pcg64Mcg::seed_from_u64(seed);
-    let (mut ends, mut job, mut killed) = (Vec::new(), new(), 0);
-    while killed < kills {
-        let mut child = job.command(&["--json", "--until-end"]).spawn().unwrap();
-        std::thread::sleep(Duration::from_millis(20 + chance.next_u64() % 300));
+/// Kills jobs with SIGKILL at moments drawn at random. While that leaves no checkpoint behind it comes twice as late each time,
+/// so that a job gets somewhere on a slow machine too.
+pub struct Kills {
+    chance: Pcg64Mcg,
+    /// The latest moment, ms after the start.
+    most: u64,
+    in_vain: u32,
+}
+
+impl Kills {
+    pub fn new(seed: u64, most: Duration) -> Self {
+        println!("seed {seed}");
+        Self { chance: Pcg64Mcg::seed_from_u64(seed), most: most.as_millis() as u64, in_vain: 0 }
+    }
+
+    /// Starts the job and kills it. Gives what it said if it came to its end before.
+    pub fn kill(&mut self, job: &Job, args: &[&str]) -> Option<Output> {
+        let before = newest_checkpoint(job);
+        let mut child = job.command(args).spawn().unwrap();
+        let after = (self.chance.next_u64() % self.most) << self.in_vain.min(6);
+        std::thread::sleep(Duration::from_millis(after));
         if child.try_wait().unwrap().is_some() {
-            ends.push(summary(&child.wait_with_output().unwrap()));
-            job = new();
-            continue;
+            return Some(child.wait_with_output().unwrap());
         }
         child.kill().unwrap();
         child.wait().unwrap();
-        killed += 1;
+        self.in_vain = if newest_checkpoint(job) == before { self.in_vain + 1 } else { 0 };
+        None
+    }
+}
+
+/// The file of a job's newest checkpoint.
+pub fn newest_checkpoint(job: &Job) -> Option<PathBuf> {
+    let files = std::fs::read_dir(job.path("checkpoints")).into_iter().flatten().map(|entry| entry.unwrap().path());
+    let head = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("checkpoint-"));
+    files.filter(|path| head(path) && path.extension().is_some_and(|extension| extension == "json")).max()
+}
+
+/// Kills jobs at random moments, `kills` times in all, and lets them go on. A job that comes to its end all the same gives
+/// its summary and is followed by a fresh one; the last one is let finish.
+pub fn train_through_kills(kills: usize, seed: u64, new: impl Fn() -> Job) -> (Vec<serde_json::Value>, Job) {
+    let mut killing = Kills::new(seed, Duration::from_millis(300));
+    let (mut ends, mut job, mut killed) = (Vec::new(), new(), 0);
+    while killed < kills {
+        if let Some(ended) = killing.kill(&job, &["--json", "--until-end"]) {
+            ends.push(summary(&ended));
+            job = new();
+        } else {
+            killed += 1;
+        }
     }
     ends.push(job.train(&["--until-end"]));
     (ends, job)
