@@ -9,6 +9,7 @@
 //! Shards and stripes are fixed, sums over them have an order, and threads only take them: the number of threads does not
 //! show in the result. On a GPU the towers run over all of the batch at once; the rest is the same.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{Device, Var};
@@ -589,8 +590,9 @@ impl Shard {
         }
     }
 
-    fn forward(&mut self, pair: &Pair, params: &Var, rows: usize) -> candle_core::Result<()> {
-        let widths = [pair.user.inputs(), pair.item.inputs()];
+    fn forward(&mut self, params: &Var) -> candle_core::Result<()> {
+        let rows = self.fit.len();
+        let widths = self.inputs.each_ref().map(|input| input.len() / rows);
         if self.leaves.as_ref().is_none_or(|leaves| leaves[0].dim(0).ok() != Some(rows)) {
             let leaf = |width: usize| Var::zeros((rows, width), candle_core::DType::F32, &Device::Cpu);
             self.leaves = Some([leaf(widths[0])?, leaf(widths[1])?]);
@@ -635,6 +637,89 @@ impl On {
         }
         Ok(Self::Shards(Var::from_slice(params, params.len(), &device)?))
     }
+
+    /// The products of the examples, once `pool` has pooled each shard's inputs.
+    fn forward(
+        &mut self,
+        threads: Option<&rayon::ThreadPool>,
+        shards: &mut [Shard],
+        params: &[f32],
+        pool: impl Fn(usize, &mut Shard) + Sync,
+    ) -> candle_core::Result<()> {
+        match self {
+            Self::Shards(params) => each(threads, shards, |i, shard| {
+                pool(i, shard);
+                shard.forward(params).expect(FAILS);
+            }),
+            Self::Device(towers) => {
+                each(threads, shards, pool);
+                for (side, input) in towers.inputs.iter_mut().enumerate() {
+                    input.clear();
+                    shards.iter().for_each(|shard| input.extend_from_slice(&shard.inputs[side]));
+                }
+                towers.forward(params)?;
+                for (i, shard) in shards.iter_mut().enumerate() {
+                    let mine = part(i, towers.products.len());
+                    shard.say(&towers.products[mine.clone()], &towers.fit[mine]);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The gradient of the parameters, and in [`pulled`](Self::pulled) that of the inputs, given what became of the products;
+    /// `note` is done to each shard on the way.
+    fn backward(
+        &mut self,
+        threads: Option<&rayon::ThreadPool>,
+        shards: &mut [Shard],
+        outcomes: &[Outcome],
+        gradient: &mut Vec<f32>,
+        note: impl Fn(usize, &mut Shard) + Sync,
+    ) -> candle_core::Result<()> {
+        match self {
+            Self::Shards(params) => {
+                let length = params.elem_count();
+                each(threads, shards, |i, shard| {
+                    note(i, shard);
+                    shard.backward(length, &outcomes[part(i, outcomes.len())]);
+                });
+                gradient.clear();
+                gradient.resize(length, 0.0);
+                // In the order of the shards.
+                for shard in shards {
+                    gradient.iter_mut().zip(&shard.gradient).for_each(|(sum, &d)| *sum += d);
+                }
+            }
+            Self::Device(towers) => {
+                each(threads, shards, note);
+                let g: Vec<f32> = outcomes.iter().map(|outcome| outcome.gradient).collect();
+                *gradient = towers.gradient(&g)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The parameters have moved.
+    fn take(&mut self, params: &[f32]) {
+        match self {
+            Self::Shards(leaf) => tower::assign(leaf, params).expect(FAILS),
+            Self::Device(_) => {} // is given them with each batch
+        }
+    }
+
+    /// Of each shard: the gradients of its inputs, `[examples, width]`.
+    fn pulled<'a>(&'a self, shards: &'a [Shard]) -> Vec<[&'a [f32]; 2]> {
+        match self {
+            Self::Shards(_) => shards.iter().map(|shard| shard.pulled.each_ref().map(Vec::as_slice)).collect(),
+            Self::Device(towers) => (0..shards.len()).map(|i| towers.pulled(part(i, towers.products.len()))).collect(),
+        }
+    }
+}
+
+/// Which of `examples` are of shard `i`.
+fn part(i: usize, examples: usize) -> Range<usize> {
+    i * SHARD..((i + 1) * SHARD).min(examples)
 }
 
 /// The towers with their table and optimizers; the logistic part is lent for each batch.
@@ -767,113 +852,72 @@ impl TwoTower {
         examples: &[Example<'_>],
         outcomes: &mut Vec<Outcome>,
     ) -> Result<(), Error> {
-        let device = &self.checked.settings.device;
-        let fails = |error| Error::Device { device: device.clone(), reason: reason(error), batch };
-        let since = match self.checked.decay {
-            Some(decay) => decay.enter(&mut self.periods, batch, time),
-            None => 0,
+        let Self { checked, on, table, default_rows, defaults, gate, .. } = self;
+        let fails = |error| {
+            let device = checked.settings.device.clone();
+            Error::Device { device, reason: reason(error), batch }
         };
+        let plan = &checked.plan;
+        let threads = self.threads.as_ref();
+        let part = |i| part(i, examples.len());
         let count = examples.len().div_ceil(SHARD);
-        let pair = Arc::clone(&self.pair);
         while self.shards.len() < count {
-            self.shards.push(Shard::new(&pair));
+            self.shards.push(Shard::new(&self.pair));
         }
-        let (table, defaults, on) = (&self.table, &self.defaults, &mut self.on);
-        let (plan, default_rows) = (&self.checked.plan, &self.default_rows);
         let shards = &mut self.shards[..count];
-        let part = |i: usize| i * SHARD..((i + 1) * SHARD).min(examples.len());
-        each(self.threads.as_ref(), shards, |i, shard| {
-            let mine = &examples[part(i)];
-            shard.pool(plan, table, defaults, mine);
-            if let On::Shards(params) = &*on {
-                shard.forward(&pair, params, mine.len()).expect(FAILS);
-            }
-        });
-        if let On::Device(towers) = on {
-            for (side, input) in towers.inputs.iter_mut().enumerate() {
-                input.clear();
-                shards.iter().for_each(|shard| input.extend_from_slice(&shard.inputs[side]));
-            }
-            towers.forward(&self.params).map_err(fails)?;
-            for (i, shard) in shards.iter_mut().enumerate() {
-                shard.say(&towers.products[part(i)], &towers.fit[part(i)]);
-            }
-        }
 
+        let pool = |i, shard: &mut Shard| shard.pool(plan, table, defaults, &examples[part(i)]);
+        on.forward(threads, shards, &self.params, pool).map_err(fails)?;
         self.products.clear();
         shards.iter().for_each(|shard| self.products.extend_from_slice(&shard.products));
-        if self.checked.settings.wide {
+        if checked.settings.wide {
             logistic.learn_beside(batch, time, examples, &self.products, outcomes);
         } else {
-            let sees = |slot: &Slot| self.checked.wide.get(usize::from(slot.feature)).copied().unwrap_or(false);
-            self.seen.clear();
-            let mut ends = Vec::with_capacity(examples.len());
-            for example in examples {
-                self.seen.extend(example.slots.iter().copied().filter(sees));
-                ends.push(self.seen.len());
-            }
-            let starts = std::iter::once(0).chain(ends.iter().copied());
-            let narrow: Vec<Example<'_>> = examples
-                .iter()
-                .zip(starts.zip(&ends))
-                .map(|(example, (start, &end))| Example { slots: &self.seen[start..end], ..*example })
-                .collect();
+            let sees = |slot: &Slot| checked.wide.get(usize::from(slot.feature)).copied().unwrap_or(false);
+            let narrow = narrowed(examples, sees, &mut self.seen);
             logistic.learn_beside(batch, time, &narrow, &self.products, outcomes);
         }
 
         let said: &[Outcome] = outcomes;
-        if self.gate.counts() {
-            self.gate.enter(time);
+        if gate.counts() {
+            gate.enter(time);
             for (i, shard) in shards.iter_mut().enumerate() {
-                shard.count(plan, &examples[part(i)], &said[part(i)], &mut self.gate);
+                shard.count(plan, &examples[part(i)], &said[part(i)], gate);
             }
         }
-        let rules = self.gate.rules;
+        let rules = gate.rules;
         let admit = |id: u64, impression: u64| rules.by_chance(id, impression);
-        each(self.threads.as_ref(), shards, |i, shard| {
+        let note = |i, shard: &mut Shard| {
             shard.note(plan, defaults, default_rows, &examples[part(i)], &said[part(i)], admit);
-            if let On::Shards(_) = on {
-                shard.backward(pair.len, &said[part(i)]);
-            }
-        });
-        self.gradient.clear();
-        match on {
-            // In the order of the shards.
-            On::Shards(_) => {
-                self.gradient.resize(pair.len, 0.0);
-                for shard in &*shards {
-                    self.gradient.iter_mut().zip(&shard.gradient).for_each(|(sum, &d)| *sum += d);
-                }
-            }
-            On::Device(towers) => {
-                let g: Vec<f32> = said.iter().map(|outcome| outcome.gradient).collect();
-                self.gradient = towers.gradient(&g).map_err(fails)?;
-            }
-        }
-        let learned = said.iter().filter(|outcome| !outcome.quarantined).count();
-        if !optim::step(&self.checked.settings.dense, &mut self.dense, &mut self.params, &self.gradient, learned) {
-            self.skipped += 1;
-        } else if let On::Shards(params) = on {
-            tower::assign(params, &self.params).expect(FAILS);
-        }
-
-        let (periods, decay, widths) = (&self.periods, self.checked.decay, plan.widths);
-        let inputs: Vec<[&[f32]; 2]> = match on {
-            On::Shards(_) => shards.iter().map(|shard| shard.pulled.each_ref().map(Vec::as_slice)).collect(),
-            On::Device(towers) => (0..count).map(|i| towers.pulled(part(i))).collect(),
         };
+        on.backward(threads, shards, said, &mut self.gradient, note).map_err(fails)?;
+        let learned = said.iter().filter(|outcome| !outcome.quarantined).count();
+        if optim::step(&checked.settings.dense, &mut self.dense, &mut self.params, &self.gradient, learned) {
+            on.take(&self.params);
+        } else {
+            self.skipped += 1;
+        }
+        self.step_rows(count, batch, time);
+        Ok(())
+    }
+
+    /// Steps the rows that the examples of the first `count` shards named, and lets go of rows that are to go.
+    fn step_rows(&mut self, count: usize, batch: u32, time: Time) {
+        let decay = self.checked.decay;
+        let since = decay.map_or(0, |decay| decay.enter(&mut self.periods, batch, time));
         let rested = |n: f64, touched: u32| match decay {
-            Some(decay) if touched < since => decay.rested(periods, batch, touched, n),
+            Some(decay) if touched < since => decay.rested(&self.periods, batch, touched, n),
             _ => n,
         };
-        let occurrences: Vec<&[Vec<Occurrence>]> = shards.iter().map(|shard| shard.occurrences.as_slice()).collect();
+        let (shards, widths) = (&self.shards[..count], self.checked.plan.widths);
+        let gradients = self.on.pulled(shards);
         self.gate.state.counts.refused += shards.iter().map(|shard| shard.refused).sum::<u64>();
         let before = self.table.len();
         let mut stripes = self.table.stripes();
         each(self.threads.as_ref(), &mut stripes, |_, stripe| {
             let number = stripe.number;
-            let of = occurrences.iter().zip(&inputs).map(|(all, inputs)| (all[number].as_slice(), *inputs, widths));
-            stripe.run(batch, of, &rested);
+            let of = shards.iter().zip(&gradients);
+            stripe.run(batch, of.map(|(shard, of)| (shard.occurrences[number].as_slice(), *of, widths)), &rested);
         });
         drop(stripes);
         self.gate.state.counts.admitted += (self.table.len() - before) as u64;
@@ -882,7 +926,6 @@ impl TwoTower {
                 *at = self.table.find(*row);
             }
         }
-        Ok(())
     }
 
     /// What became of ids.
@@ -954,6 +997,19 @@ impl TwoTower {
     }
 }
 
+/// The examples with only the slots that `sees` is true of, in the room of `seen`.
+fn narrowed<'a>(examples: &[Example<'_>], sees: impl Fn(&Slot) -> bool, seen: &'a mut Vec<Slot>) -> Vec<Example<'a>> {
+    seen.clear();
+    let mut ends = Vec::with_capacity(examples.len());
+    for example in examples {
+        seen.extend(example.slots.iter().filter(|slot| sees(slot)));
+        ends.push(seen.len());
+    }
+    let starts = std::iter::once(0).chain(ends.iter().copied());
+    let slots = starts.zip(&ends).map(|(start, &end)| &seen[start..end]);
+    examples.iter().zip(slots).map(|(example, slots)| Example { slots, ..*example }).collect()
+}
+
 /// Does `work` on each item, on the threads of `pool` where there is one.
 fn each<T: Send>(pool: Option<&rayon::ThreadPool>, items: &mut [T], work: impl Fn(usize, &mut T) + Sync) {
     match pool {
@@ -966,7 +1022,7 @@ fn each<T: Send>(pool: Option<&rayon::ThreadPool>, items: &mut [T], work: impl F
 
 /// The dense parameters of towers by the names that they have in files: (name, shape, range in the packed vector).
 #[must_use]
-pub fn names(pair: &Pair) -> Vec<(String, Vec<usize>, std::ops::Range<usize>)> {
+pub fn names(pair: &Pair) -> Vec<(String, Vec<usize>, Range<usize>)> {
     let mut names = Vec::new();
     let towers: [(&str, &Tower); 2] = [("user", &pair.user), ("item", &pair.item)];
     for (name, tower) in towers {
