@@ -153,7 +153,7 @@ fn main() {
         model.forget_changes_to(keeper.acknowledged().unwrap() as u32);
         model.mark(batch);
     }
-    keeper.finish().unwrap();
+    keeper.finish();
     let costs = [copied_whole, laid, increments].map(|costs| median(&costs));
     let [copied, laid, increment] = costs.map(|[bytes, copy, seconds]| {
         format!("{{\"bytes\":{bytes:.0},\"copy_ms\":{:.1},\"seconds\":{seconds:.2}}}", copy * 1e3)

@@ -25,7 +25,7 @@ pub struct Keeper {
     jobs: Option<Sender<Job>>,
     shared: Arc<Shared>,
     durable: Durable,
-    thread: Option<JoinHandle<Result<(), checkpoint::Error>>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 /// Where a restart would read, as the newest checkpoint has it; taken by whoever shows it to others.
@@ -68,7 +68,18 @@ impl Resumed {
 struct Job {
     image: Image,
     predictions: Option<u64>,
-    done: Option<Sender<Result<(), checkpoint::Error>>>,
+    done: Sender<Result<(), checkpoint::Error>>,
+}
+
+/// A checkpoint under way.
+pub struct Underway(Receiver<Result<(), checkpoint::Error>>);
+
+impl Underway {
+    /// Waits until it is durable.
+    pub fn wait(self) -> Result<(), checkpoint::Error> {
+        // No answer: the thread panicked, which `finish` reports.
+        self.0.recv().unwrap_or(Ok(()))
+    }
 }
 
 impl Keeper {
@@ -130,28 +141,7 @@ impl Keeper {
     /// `image` is told the batch of the newest durable checkpoint, behind which it may hold only what changed; or nothing,
     /// and then it must hold all. Another one that is being written is waited for, since of a row that came before that one
     /// and went behind it, changes since an earlier one say nothing.
-    pub fn offer(&self, image: impl FnOnce(Option<u32>) -> Image, predictions: Option<u64>) {
-        self.send(image, predictions, None);
-    }
-
-    /// The same, and waits until it is durable.
-    pub fn write(
-        &self,
-        image: impl FnOnce(Option<u32>) -> Image,
-        predictions: Option<u64>,
-    ) -> Result<(), checkpoint::Error> {
-        let (done, answer) = bounded(1);
-        self.send(image, predictions, Some(done));
-        // No answer: the thread panicked, which `finish` reports.
-        answer.recv().unwrap_or(Ok(()))
-    }
-
-    fn send(
-        &self,
-        image: impl FnOnce(Option<u32>) -> Image,
-        predictions: Option<u64>,
-        done: Option<Sender<Result<(), checkpoint::Error>>>,
-    ) {
+    pub fn offer(&self, image: impl FnOnce(Option<u32>) -> Image, predictions: Option<u64>) -> Underway {
         let mut state = self.shared.lock();
         while state.busy && self.thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
             let waited = self.shared.idle.wait_timeout(state, Duration::from_millis(100));
@@ -163,19 +153,28 @@ impl Keeper {
         let started = Instant::now();
         let image = image(since);
         telemetry::checkpoint_copied(started.elapsed().as_secs_f64());
+        let (done, answer) = bounded(1);
         if let Some(jobs) = &self.jobs {
             // A closed channel means that the thread is gone, which `finish` reports.
             let _ = jobs.send(Job { image, predictions, done });
         }
+        Underway(answer)
     }
 
-    /// Waits for the last checkpoint. Returns its error, if it failed.
-    pub fn finish(mut self) -> Result<(), checkpoint::Error> {
+    /// The same, and waits until it is durable.
+    pub fn write(
+        &self,
+        image: impl FnOnce(Option<u32>) -> Image,
+        predictions: Option<u64>,
+    ) -> Result<(), checkpoint::Error> {
+        self.offer(image, predictions).wait()
+    }
+
+    /// Waits for the thread, which writes what it was left, and goes on with its panic.
+    pub fn finish(mut self) {
         drop(self.jobs.take());
-        match self.thread.take().map(JoinHandle::join) {
-            Some(Ok(result)) => result,
-            Some(Err(panic)) => std::panic::resume_unwind(panic),
-            None => Ok(()),
+        if let Some(Err(panic)) = self.thread.take().map(JoinHandle::join) {
+            std::panic::resume_unwind(panic);
         }
     }
 }
@@ -234,11 +233,10 @@ impl Chain {
 }
 
 impl Writer {
-    fn run(mut self, inbox: &Receiver<Job>, shared: &Shared) -> Result<(), checkpoint::Error> {
-        let mut last = Ok(());
+    fn run(mut self, inbox: &Receiver<Job>, shared: &Shared) {
         while let Ok(job) = inbox.recv() {
             let started = Instant::now();
-            last = self.write(&job.image, job.predictions).map(|bytes| {
+            let written = self.write(&job.image, job.predictions).map(|bytes| {
                 let seconds = started.elapsed().as_secs_f64();
                 telemetry::checkpointed(seconds, bytes);
                 tracing::debug!(
@@ -249,24 +247,22 @@ impl Writer {
                     "a checkpoint is written"
                 );
             });
-            if let Err(error) = &last {
+            if let Err(error) = &written {
                 telemetry::checkpoint_failed();
                 let error = crate::snapshot::chain(error);
                 tracing::error!(error, "a checkpoint could not be written; the one before stays, training goes on");
             }
             let mut state = shared.lock();
             state.busy = false;
-            if last.is_ok() {
+            if written.is_ok() {
                 state.batch = Some(job.image.place.batches);
             }
             state.whole = self.unreadable;
             drop(state);
             shared.idle.notify_all();
-            if let Some(done) = job.done {
-                let _ = done.send(std::mem::replace(&mut last, Ok(())));
-            }
+            // Nobody may want to know.
+            let _ = job.done.send(written);
         }
-        last
     }
 
     /// All rows, of the files of the chain and of those that changed since.
@@ -536,7 +532,7 @@ mod tests {
             let (at, away) = (dir.path().join("checkpoints"), dir.path().join("away"));
             let keeper = Keeper::start(&checked, Checkpoints::open(&at).unwrap(), None).unwrap();
             let (mut model, mut plain) = (checked.model.start().unwrap(), checked.model.start().unwrap());
-            let (mut batch, mut states, mut images) = (1, HashMap::new(), HashMap::new());
+            let (mut batch, mut states, mut images, mut offered) = (1, HashMap::new(), HashMap::new(), Vec::new());
             learn(&mut model, batch);
             learn(&mut plain, batch);
             for (step, marks) in steps {
@@ -553,7 +549,7 @@ mod tests {
                         learn(&mut plain, batch);
                         continue;
                     }
-                    Step::Offer => keeper.offer(copy, None),
+                    Step::Offer => offered.push(keeper.offer(copy, None)),
                     Step::Write => keeper.write(copy, None).unwrap(),
                     Step::Fail => {
                         // What was offered before is durable.
@@ -573,7 +569,8 @@ mod tests {
                     model.mark(batch);
                 }
             }
-            keeper.finish().unwrap();
+            keeper.finish();
+            offered.into_iter().for_each(|underway| underway.wait().unwrap());
             let counts = plain.image().sorted().logistic.admission.counts;
             for (cell, count) in [(&refused, counts.refused), (&expired, counts.expired), (&evicted, counts.evicted)] {
                 add(cell, count);

@@ -9,7 +9,7 @@ use super::dead_letters::{At, DeadLetters};
 use super::handover;
 use super::input;
 pub use super::job::{Error, Options, Until};
-use super::keeper::{Keeper, Resumed};
+use super::keeper::{Keeper, Resumed, Underway};
 use super::operator::Desk;
 use super::predictions::Predictions;
 use super::publisher::{Handle, Job, Published};
@@ -198,7 +198,7 @@ fn run_lineage(
         // What was handed over is published with the first batch.
         next_mark: handed_over.then_some(Time::MIN),
         frozen: false,
-        kept: Ok(()),
+        last: None,
     };
     let first_example = core.place().examples;
     let first_frontier = core.place().frontier.map(|key| key.time);
@@ -231,8 +231,8 @@ fn run_lineage(
                     "what follows would come out otherwise if the log went on; a later run resumes before it"
                 );
                 if core.place().frontier.is_some() {
-                    // If it fails, the job still learns and publishes the rest, and ends with this error.
-                    job.kept = job.checkpoint(&mut core, predictions.as_mut(), &mut dead);
+                    // If it fails, the job still learns and publishes the rest, and ends with that error.
+                    job.last = job.keep(&mut core, predictions.as_mut(), &mut dead)?;
                 }
                 job.frozen = true;
             }
@@ -407,8 +407,8 @@ struct Running<'a> {
     next_mark: Option<Time>,
     /// The checkpoint to resume from lies behind: windows are cut from here on.
     frozen: bool,
-    /// How writing that checkpoint went.
-    kept: Result<(), Error>,
+    /// That one, or the one at the end.
+    last: Option<Underway>,
 }
 
 impl Running<'_> {
@@ -436,10 +436,7 @@ impl Running<'_> {
             if due || self.last_checkpoint.elapsed() >= settings.every {
                 self.last_checkpoint = Instant::now();
                 self.batches_at_checkpoint = core.place().batches;
-                dead.flush()?;
-                let written = predictions.map(Predictions::flush).transpose()?;
-                keeper.offer(|since| core.image_after(since), written);
-                self.mark(core);
+                self.keep(core, predictions, dead)?;
             }
         }
         let every = self.checked.config.publish.every.as_millis() as i64;
@@ -487,20 +484,20 @@ impl Running<'_> {
         core.model.mark(core.place().batches as u32);
     }
 
-    /// Writes a checkpoint of the last boundary and waits for it.
-    fn checkpoint(
+    /// Leaves a checkpoint of the last boundary to the keeper, if there is one.
+    fn keep(
         &self,
         core: &mut Core,
         predictions: Option<&mut Predictions>,
         dead: &mut DeadLetters,
-    ) -> Result<(), Error> {
+    ) -> Result<Option<Underway>, Error> {
         dead.flush()?;
         let written = predictions.map(Predictions::flush).transpose()?;
-        if let Some(keeper) = &self.keeper {
-            keeper.write(|since| core.image_after(since), written)?;
+        let underway = self.keeper.as_ref().map(|keeper| keeper.offer(|since| core.image_after(since), written));
+        if underway.is_some() {
             self.mark(core);
         }
-        Ok(())
+        Ok(underway)
     }
 
     /// Makes an operator's word last: writes a checkpoint, unless there is nothing yet to resume from. Whether it lasts.
@@ -508,7 +505,8 @@ impl Running<'_> {
         if self.keeper.is_none() || self.frozen || core.place().frontier.is_none() {
             return false;
         }
-        let kept = self.checkpoint(core, predictions, dead);
+        let kept = self.keep(core, predictions, dead);
+        let kept = kept.and_then(|underway| underway.map_or(Ok(()), |it| it.wait().map_err(Error::from)));
         if let Err(error) = &kept {
             tracing::error!(error = %crate::snapshot::chain(error), "what an operator said is not in a checkpoint yet");
         }
@@ -522,26 +520,29 @@ impl Running<'_> {
         predictions: Option<&mut Predictions>,
         dead: &mut DeadLetters,
     ) -> Result<Option<u64>, Error> {
-        let mut kept = std::mem::replace(&mut self.kept, Ok(()));
+        // For memory: the copy of the rows that the checkpoint to resume from was made of goes before the next one comes.
+        let kept = self.last.take().map_or(Ok(()), Underway::wait);
         if core.place().frontier.is_some() {
             if let Some(publisher) = &self.publisher {
                 // Then the last version is one more delta.
                 publisher.wait();
-                let job = self.job(core);
-                self.offer(job)?;
+                // Where publishing has stopped, its end says so.
+                let _ = self.offer(self.job(core));
             }
             if self.frozen {
                 dead.flush()?;
                 predictions.map(Predictions::flush).transpose()?;
             } else {
-                kept = self.checkpoint(core, predictions, dead);
+                self.last = self.keep(core, predictions, dead)?;
             }
         }
-        let version = self.publisher.take().map(Handle::finish).transpose()?.flatten().map(|version| version.0);
-        kept?;
-        if let Some(keeper) = self.keeper.take() {
-            keeper.finish()?;
+        let version = self.publisher.map(Handle::finish).transpose();
+        let kept = kept.and(self.last.map_or(Ok(()), Underway::wait));
+        if let Some(keeper) = self.keeper {
+            keeper.finish();
         }
+        let version = version?.flatten().map(|version| version.0);
+        kept?;
         Ok(version)
     }
 }
