@@ -87,6 +87,24 @@ fn a_generator_that_is_stopped_has_written_what_it_says() {
 }
 
 #[test]
+fn a_topic_that_is_made_a_moment_after_it_is_asked_for_is_waited_for() {
+    let input = generate(&["-n", "500"]);
+    let (impressions, clicks) = (Topic::new("impressions", 2), Topic::new("clicks", 1));
+    let job = job(&impressions, &clicks);
+    let made_late = |topic: &Topic, partitions: i32, start: &dyn Fn() -> Child| {
+        delete(&topic.name);
+        let child = start();
+        std::thread::sleep(Duration::from_secs(1));
+        create(&topic.name, partitions, &[("retention.ms", "-1")]);
+        summary(&child.wait_with_output().unwrap())
+    };
+    let end = made_late(&impressions, 2, &|| job.command(&["--json", "--until-end"]).spawn().unwrap());
+    assert_eq!(end["counts"]["impressions"], 0);
+    made_late(&clicks, 1, &|| replaying(&job, &input.path().join("in"), &[]));
+    assert_eq!(impressions.high(0) + impressions.high(1), 500);
+}
+
+#[test]
 fn a_generator_says_which_job_it_cannot_write_for() {
     let (impressions, clicks) = (Topic::new("impressions", 1), Topic::new("clicks", 1));
     let fails = |job: &Job, more: &[&str]| {

@@ -118,6 +118,13 @@ pub fn create(name: &str, partitions: i32, settings: &[(&str, &str)]) {
     }
     let made = block_on(admin().create_topics([&topic], &AdminOptions::new())).unwrap();
     assert!(made[0].is_ok(), "{made:?}");
+    // Brokers hear of it a moment later.
+    let asking: BaseConsumer = config().create().unwrap();
+    wait_for("the topic to be known", || {
+        let metadata = asking.fetch_metadata(Some(name), Duration::from_secs(10)).unwrap();
+        let known = metadata.topics()[0].partitions();
+        known.len() == partitions as usize && known.iter().all(|partition| partition.leader() >= 0)
+    });
 }
 
 pub fn delete(name: &str) {

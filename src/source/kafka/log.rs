@@ -15,7 +15,7 @@ use rdkafka::types::RDKafkaErrorCode;
 
 use super::desk::{Desk, Ends};
 use super::reader::Reader;
-use super::{Cluster, Consumer, Error, Start, Topics, name_of};
+use super::{Cluster, Consumer, Error, Start, Topics, name_of, once_known};
 use crate::event::{Stream, Time};
 use crate::position::{Fingerprint, NextOffset};
 use crate::source::NewDecoder;
@@ -65,7 +65,7 @@ impl Log {
         let prober = cluster.prober(stream.name())?;
         let mut names = BTreeMap::new();
         for topic in &topics.topics {
-            let count = partitions(&prober, cluster, topic, ANSWER)?;
+            let count = once_known(|| partitions(&prober, cluster, topic, ANSWER))?;
             let mine: Vec<i32> = (0..count as i32).filter(|partition| topics.shard.has(*partition)).collect();
             if mine.is_empty() {
                 return Err(Error::EmptyShard { topic: topic.clone(), partitions: count, shard: topics.shard });

@@ -26,7 +26,7 @@ mod sink;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Mutex;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rdkafka::client::ClientContext;
 use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
@@ -267,6 +267,17 @@ impl Cluster {
     }
 }
 
+impl Error {
+    fn is_unknown_topic(&self) -> bool {
+        let code = match self {
+            Self::NoTopic { .. } => return true,
+            Self::Unwritable { source, .. } => source.rdkafka_error_code(),
+            _ => None,
+        };
+        code == Some(RDKafkaErrorCode::UnknownTopicOrPartition)
+    }
+}
+
 /// A config that librdkafka refused, with the property that it names.
 fn refused(error: KafkaError) -> Error {
     match error {
@@ -357,6 +368,22 @@ impl ClientContext for Context {
 }
 
 impl ConsumerContext for Context {}
+
+/// How long a topic that no broker knows may have been made just now, of which they hear a moment later.
+const NEWS: Duration = Duration::from_secs(5);
+
+/// Asks for a topic until it is known, or for so long that it is not there.
+fn once_known<T>(ask: impl Fn() -> Result<T, Error>) -> Result<T, Error> {
+    let began = Instant::now();
+    loop {
+        match ask() {
+            Err(error) if error.is_unknown_topic() && began.elapsed() < NEWS => {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            answer => return answer,
+        }
+    }
+}
 
 /// The name of a partition.
 fn name_of(topic: &str, partition: i32) -> String {

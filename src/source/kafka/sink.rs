@@ -12,7 +12,7 @@ use rdkafka::message::{DeliveryResult, Header as NativeHeader, OwnedHeaders};
 use rdkafka::producer::{BaseRecord, Producer as _, ProducerContext, ThreadedProducer};
 use rdkafka::types::RDKafkaErrorCode;
 
-use super::{Cluster, Context, Error, refused};
+use super::{Cluster, Context, Error, once_known, refused};
 use crate::event::Time;
 
 /// A header of a message.
@@ -94,6 +94,10 @@ impl Sink {
 
     /// How many partitions a topic has; an error if there is no such topic.
     pub fn partitions(&self, topic: &str) -> Result<usize, Error> {
+        once_known(|| self.ask_partitions(topic))
+    }
+
+    fn ask_partitions(&self, topic: &str) -> Result<usize, Error> {
         let metadata = self.producer.client().fetch_metadata(Some(topic), Duration::from_secs(15));
         let metadata = metadata.map_err(|source| self.unwritable(topic, source))?;
         let found = metadata.topics().iter().find(|found| found.name() == topic && found.error().is_none());
