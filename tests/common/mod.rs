@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rand_pcg::Pcg64Mcg;
 use rand_pcg::rand_core::{Rng as _, SeedableRng as _};
@@ -175,10 +175,14 @@ impl Kills {
     pub fn kill(&mut self, job: &Job, args: &[&str]) -> Option<Output> {
         let before = newest_checkpoint(job);
         let mut child = job.command(args).spawn().unwrap();
-        let after = (self.chance.next_u64() % self.most) << self.in_vain.min(6);
-        std::thread::sleep(Duration::from_millis(after));
-        if child.try_wait().unwrap().is_some() {
-            return Some(child.wait_with_output().unwrap());
+        let moment =
+            Instant::now() + Duration::from_millis((self.chance.next_u64() % self.most) << self.in_vain.min(6));
+        while Instant::now() < moment {
+            if child.try_wait().unwrap().is_some() {
+                self.in_vain = 0;
+                return Some(child.wait_with_output().unwrap());
+            }
+            std::thread::sleep(Duration::from_millis(2).min(moment - Instant::now()));
         }
         child.kill().unwrap();
         child.wait().unwrap();
