@@ -647,9 +647,9 @@ impl On {
         pool: impl Fn(usize, &mut Shard) + Sync,
     ) -> candle_core::Result<()> {
         match self {
-            Self::Shards(params) => each(threads, shards, |i, shard| {
+            Self::Shards(leaf) => each(threads, shards, |i, shard| {
                 pool(i, shard);
-                shard.forward(params).expect(FAILS);
+                shard.forward(leaf).expect(FAILS);
             }),
             Self::Device(towers) => {
                 each(threads, shards, pool);
@@ -678,8 +678,8 @@ impl On {
         note: impl Fn(usize, &mut Shard) + Sync,
     ) -> candle_core::Result<()> {
         match self {
-            Self::Shards(params) => {
-                let length = params.elem_count();
+            Self::Shards(leaf) => {
+                let length = leaf.elem_count();
                 each(threads, shards, |i, shard| {
                     note(i, shard);
                     shard.backward(length, &outcomes[part(i, outcomes.len())]);
