@@ -105,11 +105,13 @@ impl Log {
             cluster: cluster.clone(),
             group: cluster.group.is_some(),
         };
-        watch.round(ANSWER, true).map_err(|source| Error::Unreachable {
-            brokers: cluster.brokers.clone(),
-            what: "where partitions begin and end".into(),
-            last: watch.prober.context().last_error(),
-            source,
+        once_known(|| {
+            watch.round(ANSWER, true).map_err(|source| Error::Unreachable {
+                brokers: cluster.brokers.clone(),
+                what: "where partitions begin and end".into(),
+                last: watch.prober.context().last_error(),
+                source,
+            })
         })?;
         let thread = thread::Builder::new().name(format!("kafka-{}", stream.name())).spawn(move || watch.run());
         let mut log =
@@ -452,7 +454,7 @@ impl Watch {
         if let Some(lows) = &lows {
             failed = answers(lows, &|ends, low| {
                 let before = ends.low.swap(low, Ordering::AcqRel);
-                if low > before && number > 1 {
+                if low > before && ends.round.load(Ordering::Relaxed) > 0 {
                     ends.jump.store(low - before, Ordering::Relaxed);
                 }
             });

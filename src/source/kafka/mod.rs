@@ -268,13 +268,21 @@ impl Cluster {
 }
 
 impl Error {
-    fn is_unknown_topic(&self) -> bool {
+    /// What brokers say of a topic that was made just now, and of one that is not there.
+    fn is_of_a_new_topic(&self) -> bool {
         let code = match self {
             Self::NoTopic { .. } => return true,
-            Self::Unwritable { source, .. } => source.rdkafka_error_code(),
+            Self::Unwritable { source, .. } | Self::Unreachable { source, .. } => source.rdkafka_error_code(),
             _ => None,
         };
-        code == Some(RDKafkaErrorCode::UnknownTopicOrPartition)
+        matches!(
+            code,
+            Some(
+                RDKafkaErrorCode::UnknownTopicOrPartition
+                    | RDKafkaErrorCode::NotLeaderForPartition
+                    | RDKafkaErrorCode::LeaderNotAvailable
+            )
+        )
     }
 }
 
@@ -369,15 +377,15 @@ impl ClientContext for Context {
 
 impl ConsumerContext for Context {}
 
-/// How long a topic that no broker knows may have been made just now, of which they hear a moment later.
+/// How long a topic that a broker does not know, or not as its leader, may have been made just now: it hears of it a moment later.
 const NEWS: Duration = Duration::from_secs(5);
 
-/// Asks for a topic until it is known, or for so long that it is not there.
+/// Asks about a topic until it is known, or for so long that it is not there.
 fn once_known<T>(ask: impl Fn() -> Result<T, Error>) -> Result<T, Error> {
     let began = Instant::now();
     loop {
         match ask() {
-            Err(error) if error.is_unknown_topic() && began.elapsed() < NEWS => {
+            Err(error) if error.is_of_a_new_topic() && began.elapsed() < NEWS => {
                 std::thread::sleep(Duration::from_millis(50));
             }
             answer => return answer,
