@@ -629,7 +629,7 @@ fn one_of_four_click_partitions_that_stops_for_a_while_makes_no_false_negative()
     let (impressions, clicks) = (Topic::new("impressions", 2), Topic::new("clicks", 4));
     let job = job(&impressions, &clicks);
     // Long enough that 20 clicks of the partition are missing before it is over, however slowly records are written.
-    let idle = ["--json", "--set", "impressions.idle_after=never", "--set", "clicks.idle_after=20s"];
+    let idle = ["--json", "--set", "impressions.idle_after=never", "--set", "clicks.idle_after=5s"];
     // Every impression is clicked, so any negative is a false one.
     let put = |from: u64, to: u64, clicked: &dyn Fn(u64) -> bool| {
         for n in from..to {

@@ -62,7 +62,9 @@ impl Topic {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let name = format!("{what}-{}-{number}", std::process::id());
         create(&name, partitions, &settings);
-        Self { name, producer: config().create().unwrap() }
+        // Idempotent: else a batch that is tried again comes behind later ones.
+        let producer = config().set("enable.idempotence", "true").create().unwrap();
+        Self { name, producer }
     }
 
     /// Writes a record without a key into a partition.
@@ -123,7 +125,9 @@ pub fn create(name: &str, partitions: i32, settings: &[(&str, &str)]) {
     wait_for("the topic to be known", || {
         let metadata = asking.fetch_metadata(Some(name), Duration::from_secs(10)).unwrap();
         let known = metadata.topics()[0].partitions();
-        known.len() == partitions as usize && known.iter().all(|partition| partition.leader() >= 0)
+        // That a broker leads a partition is said before it knows it itself.
+        let led = |partition: i32| asking.fetch_watermarks(name, partition, Duration::from_secs(10)).is_ok();
+        known.len() == partitions as usize && (0..partitions).all(led)
     });
 }
 
