@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import unittest
 import urllib.request
 
@@ -23,6 +22,7 @@ import numpy as np
 import quality
 import safetensors.numpy
 import xxhash
+from bench_serve import Server
 from snapshot_reader import Refused, Snapshot
 from tidemill_encoding import ryu_text
 
@@ -110,8 +110,8 @@ def reader(*args, code=0):
     return done.stdout, done.stderr
 
 
-def train_obd(name="obd", **more):
-    home = SCRATCH / name
+def train_obd(**more):
+    home = SCRATCH / "obd"
     home.mkdir()
     places = {"checkpoint.dir": home / "checkpoints", "snapshots.store": home / "snapshots", **more}
     sets = [part for key, path in places.items() for part in ("--set", f"{key}={json.dumps(path if isinstance(path, int) else str(path))}")]
@@ -154,26 +154,13 @@ def train_as_it_grows(home, config, impressions, clicks, period, settings):
             pieces[piece].append(line)
     pieces[1:] = [piece[::10] for piece in pieces[1:]]
     log.touch()
-    with open(home / "train.log", "w") as said:
-        job = subprocess.Popen([BINARY, "train", "-c", config, *sets], cwd=ROOT, stdout=said, stderr=said)
-
-    def wait_for(found):
-        until = time.monotonic() + 120
-        while not (result := found()):
-            assert job.poll() is None and time.monotonic() < until, (home / "train.log").read_text()[-3000:]
-            time.sleep(0.01)
-        return result
-
-    try:
-        url = wait_for(lambda: re.search("metrics at (http://.*/metrics)", (home / "train.log").read_text()))[1]
+    with Server([BINARY, "train", "-c", ROOT / config, *sets], home / "train.log") as job:
+        url = job.wait_for(lambda: re.search("metrics at (http://.*/metrics)", job.log.read_text()))[1]
         metrics = lambda: urllib.request.urlopen(url).read().decode()
         for version, piece in enumerate(pieces, 1):
             with open(log, "a") as out:
                 out.writelines(piece)
-            wait_for(lambda: re.search(f"^tidemill_snapshot_version {version}$", metrics(), re.MULTILINE))
-    finally:
-        job.kill()
-        job.wait()
+            job.wait_for(lambda: re.search(f"^tidemill_snapshot_version {version}$", metrics(), re.MULTILINE))
     made = sorted(int(path.stem) for path in (home / "snapshots/manifests").glob("*.json"))
     assert made == list(range(1, VERSIONS + 1)), made
     return home / "snapshots"
